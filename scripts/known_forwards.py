@@ -82,14 +82,7 @@ def read_in_process(paths: list[Path]) -> dict[str, Any]:
     path = os.pathsep.join(map(str, [ROOT, ROOT / "src", *(one.resolve() for one in paths)]))
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__, "--read"]
-    made = subprocess.run(
-        command,
-        env=environment,
-        cwd=tempfile.gettempdir() if False else ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    made = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
     print(f"{result['release']}: {len(result['forwards'])} digests, {len(result['differs'])} differ", file=sys.stderr)
     for name, why in result["differs"].items():

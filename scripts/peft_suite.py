@@ -227,19 +227,8 @@ def run(folder: Path, package: str, files: Iterable[str], *, hub: bool) -> Resul
     }
     if not hub:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "1",
-        "-W",
-        "ignore",
-        "--continue-on-collection-errors",
-    ]
+    options = ("-q", "-p", "no:cacheprovider", "-n", "1", "-W", "ignore", "--continue-on-collection-errors")
+    command = [sys.executable, "-m", "pytest", *options]
     with (folder / f"{package}.log").open("w", encoding="utf-8") as log:
         subprocess.run(
             [*command, f"--junitxml={report}", *(f"tests/{name}" for name in files)],

@@ -237,15 +237,13 @@ def _notes(
             yield "The speed of int8 matmuls was not measured; times assume that of the dtype."
     if speed is None:
         yield ("No time estimate; pass the --tokens-per-second of an earlier run, or --calibrate to measure the speed.")
-    elif token_seconds is not None:
-        yield (
-            f"Times assume {format_percent(flops.MATMUL_UTILIZATION, 0)} of the measured matmul speed, plus the time "
-            "for norms, activations and softmax; the first steps of the run give a more accurate estimate."
-        )
     elif speed.tokens_per_second is None:
+        is_fused = token_seconds is not None
+        fraction = flops.MATMUL_UTILIZATION if is_fused else speed.utilisation
+        rest = "plus the time for norms, activations and softmax" if is_fused else "typical of small models on a CPU"
         yield (
-            f"Times assume {format_percent(speed.utilisation, 0)} of the measured matmul speed, as is typical of "
-            "small models on a CPU; the first steps of the run give a more accurate estimate."
+            f"Times assume {format_percent(fraction, 0)} of the measured matmul speed, {rest}; the first steps of the "
+            "run give a more accurate estimate."
         )
     if shape.fused or any(site.experts > 1 for site in counted.sites):
         through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
