@@ -21,7 +21,7 @@ from lorakit.errors import ConfigError, UsageError
 from lorakit.machine import this_machine
 from lorakit.plan import MALLOC_SHARES, Cluster, Job, ModelShape, Plan, Speed, bytes_of, choose_parallel
 from lorakit.plan.choosing import AUTO
-from lorakit.plan.job import ASSUMED_LENGTH, PROCESS_BYTES, dtype_name, recomputed
+from lorakit.plan.job import ASSUMED_LENGTH, PROCESS_BYTES, dtype_name
 from lorakit.plan.parallel import LINK, LINKS, NETWORK, PER_NODE, link_named
 from lorakit.plan.params import for_task, with_new_tokens
 from lorakit.tables import format_quantity
@@ -268,18 +268,10 @@ def _job(job: JobFlags, shape: ModelShape) -> Job:
     Raises:
         ConfigError: A value is not allowed, or two of them are incompatible.
     """
-    length = job.max_length or min(ASSUMED_LENGTH, shape.positions or ASSUMED_LENGTH)
-    return Job(
-        batch_rows=job.per_device_train_batch_size,
-        length_tokens=length,
-        accumulation=job.gradient_accumulation_steps,
+    return Job.of(
+        job,
+        length_tokens=job.max_length or min(ASSUMED_LENGTH, shape.positions or ASSUMED_LENGTH),
         dtype=shape.dtype if job.dtype == "auto" else job.dtype,
-        recompute=recomputed(job.recompute, job.gradient_checkpointing, job.memory_budget, job.accelerate, job.fit),
-        optimizer=job.optimizer,
-        quantization=job.quantization,
-        double_quantization=job.double_quantization,
-        base_matmul=job.base_matmul,
-        accelerated=job.accelerate,
         process_bytes=job.process_bytes,
         malloc_share=MALLOC_SHARES["equal"] if job.fit is None else 0,
     )

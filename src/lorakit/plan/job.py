@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from lorakit.choices import BASE_MATMULS, DTYPE_NAMES, OPTIMIZERS, Recompute
 from lorakit.errors import ConfigError
@@ -91,6 +91,26 @@ class Job:
     upcasts: bool = False
     evaluations: int | None = None
     evaluated_tokens: int = 0
+
+    @classmethod
+    def of(cls, settings: Any, **fields: Any) -> Job:
+        """Return the job of settings, by their names in `lorakit train`; `fields` replaces and adds fields.
+
+        Raises:
+            ConfigError: A value is not allowed, or two of them are incompatible.
+        """
+        of_settings = {
+            "batch_rows": settings.per_device_train_batch_size,
+            "accumulation": settings.gradient_accumulation_steps,
+            "optimizer": settings.optimizer,
+            "quantization": settings.quantization,
+            "double_quantization": settings.double_quantization,
+            "base_matmul": settings.base_matmul,
+            "accelerated": settings.accelerate,
+        }
+        limits = settings.memory_budget, settings.accelerate, settings.fit
+        recompute = recomputed(settings.recompute, settings.gradient_checkpointing, *limits)
+        return cls(**{**of_settings, "recompute": recompute, **fields})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

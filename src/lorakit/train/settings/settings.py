@@ -71,7 +71,10 @@ class TrainSettings(_Checked):
                 raise ConfigError(f"{name}{problem[0]} {problem[1]}.", field=name)
             entry.check_conflict(name, given)
         if self.recompute != "none" or self.gradient_checkpointing or self.fit is not None:
-            _ = self.recomputed  # raises if the options conflict with each other or with the memory budget
+            from lorakit.plan.job import recomputed
+
+            limits = self.memory_budget, self.accelerate, self.fit
+            recomputed(self.recompute, self.gradient_checkpointing, *limits)  # raises if they conflict
 
     @property
     def base(self) -> str:
@@ -84,13 +87,6 @@ class TrainSettings(_Checked):
         if self.model is None:
             raise ConfigError(_missing("model"), field="model")
         return with_revision(self.model, self.revision)
-
-    @property
-    def recomputed(self) -> str:
-        """The selected recomputation option; with a memory limit, the plan chooses the option later."""
-        from lorakit.plan.job import recomputed
-
-        return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate, self.fit)
 
     def row_request(self) -> Request:
         """Return the choices about how the rows of the data are read."""

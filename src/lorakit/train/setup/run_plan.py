@@ -108,18 +108,15 @@ def _estimate(
     spec: RunSpec, limits: RunLimits, sizes: Sequence[int], dtype: str, speed: plan.Speed | None
 ) -> plan.Plan:
     settings, forecast, quantization = spec.settings, spec.forecast, spec.quantization
-    job = plan.Job(
-        batch_rows=settings.per_device_train_batch_size,
+    job = plan.Job.of(
+        settings,
         length_tokens=max(sizes),
         accumulation=limits.accumulation,
         steps=limits.total_steps,
         dtype=dtype,
-        recompute=settings.recomputed,
-        optimizer=settings.optimizer,
         quantization=None if quantization is None else quantization.name,
         double_quantization=quantization is not None and quantization.double,
         base_matmul=spec.base_matmul,
-        accelerated=settings.accelerate,
         mean_tokens=sum(sizes) / len(sizes),
     )
     shape = hub.as_kept(forecast.shape, spec.source, spec.task.task.loader, dtype)

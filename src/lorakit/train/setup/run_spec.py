@@ -311,17 +311,14 @@ def fitting_length(length: int, shape: plan.ModelShape, config: LoraConfig, sett
     """
     given = settings.fit or settings.memory_budget
     limit = plan.bytes_of(given) if given else _memory_bytes(settings.device)
+    smallest = ({"batch_rows": 1} if settings.fit else {}) | ({"recompute": "layers"} if given else {})
     while limit is not None and length > ASSUMED_LENGTH:
-        job = plan.Job(
-            batch_rows=1 if settings.fit else settings.per_device_train_batch_size,
+        job = plan.Job.of(
+            settings,
             length_tokens=length,
+            accumulation=1,
             dtype=shape.dtype if settings.dtype == "auto" else settings.dtype,
-            recompute="layers" if given else settings.recomputed,
-            optimizer=settings.optimizer,
-            quantization=settings.quantization,
-            double_quantization=settings.double_quantization,
-            base_matmul="dtype" if settings.quantization else settings.base_matmul,
-            accelerated=settings.accelerate,
+            **smallest,
         )
         if needed_bytes(plan.estimate(shape, config, job, allow_partial=settings.allow_partial_targets)) <= limit:
             break
