@@ -200,7 +200,10 @@ def check_can_move(
         raise ConfigError(text, where=target.path)
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
-        text = f"{target.path}: {mover} changes the base weight, as adapter {other!r} does; detach or unmerge it first."
+        text = (
+            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed it or is merged "
+            "into it. Detach or unmerge that adapter first."
+        )
         raise ConfigError(text, what=other, where=target.path)
     sharing = index.names_elsewhere(module._parameters.get(parameter), {id(module)})
     if sharing or len(index.parents.get(id(index.modules[target.outer]), ())) > 1:
