@@ -201,8 +201,8 @@ def check_can_move(
     if layer is not None and (layer.moved_by or layer.merged_adapters):
         other = (*layer.moved_by, *layer.merged_adapters)[0]
         text = (
-            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed it or is merged "
-            "into it. Detach or unmerge that adapter first."
+            f"{target.path}: {mover} changes the base weight, but adapter {other!r} has already changed it or is "
+            "merged into it. Detach or unmerge that adapter first."
         )
         raise ConfigError(text, what=other, where=target.path)
     sharing = index.names_elsewhere(module._parameters.get(parameter), {id(module)})
