@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -27,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +39,18 @@ PACKAGES = ("core", "ops", "speed", "train/loop", "data", "peft")
 QUICK = "not gpu and not net and not slow"
 SAMPLE_SEED = 20261202
 STARTING_SECONDS = 120
+VARIABLES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Processes in which what the tests import is already imported, but lorakit is not."""
+IMPORTED = [
+    "torch",
+    "torch.distributed",
+    "transformers.modeling_utils",
+    "transformers.trainer",
+    "peft",
+    "hypothesis",
+    "pytest",
+]
 
 
 def mutated(text: str, operator: str, occurrence: int) -> str | None:
@@ -99,8 +115,8 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def pytest(*arguments: str, **environment: str) -> list[str]:
     """Return a command that runs pytest with this file as a plugin, with variables of its environment in front."""
-    paths = os.pathsep.join([environment.pop("source", str(ROOT / "src")), str(ROOT), str(ROOT / "scripts")])
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths, **environment}
+    paths = os.pathsep.join(str(ROOT / part) for part in ("src", "", "scripts"))
+    variables = {**VARIABLES, "PYTHONPATH": paths, **environment}
     settings = [f"{name}={value}" for name, value in variables.items()]
     return ["env", *settings, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
@@ -141,24 +157,53 @@ def write_mutant(row: Mapping[str, Any], folder: Path) -> None:
     target.write_text(mutated(target.read_text("utf-8"), row["operator"], row["occurrence"]) or "", "utf-8")
 
 
+def run_cases(cases: Sequence[str], folder: Path) -> None:
+    """Run cases on the source tree in a directory, until one fails, and write its id to a file there."""
+    import pytest
+
+    def pytest_runtest_logreport(report: Any) -> None:
+        if report.failed:
+            (folder / "failed").write_text(report.nodeid)
+
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ |= {"PYTHONPATH": f"{folder / 'src'}{os.pathsep}{ROOT}", "HOME": str(folder)}
+    sys.path[:0] = [str(folder / "src"), str(ROOT)]
+    with (folder / "output").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    (folder / "cases").write_text("\n".join(cases))
+    plugin = SimpleNamespace(pytest_runtest_logreport=pytest_runtest_logreport)
+    arguments = [
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "-W",
+        "ignore:Module already",
+        f"@{folder / 'cases'}",
+    ]
+    os._exit(pytest.main(arguments, plugins=[plugin]))
+
+
 def detecting(cases: Sequence[str], folder: Path, limit: float) -> str | None:
     """Return the case that fails first on the source tree in a directory, "does not end" or None."""
     if not cases:
         return None
-    chosen = folder / "cases.txt"
-    chosen.write_text("\n".join(cases))
-    source = str(folder / "src")
-    command = pytest("-x", "-n", "0", "-rfE", "--tb=no", f"@{chosen}", source=source, HOME=str(folder))
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
+    (folder / "failed").unlink(missing_ok=True)
+    process = CONTEXT.Process(target=run_cases, args=(cases, folder))
+    process.start()
+    process.join(limit)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    if process.exitcode is None:
         return "does not end"
-    if run.returncode == 0:
+    if process.exitcode == 0:
         return None
-    failed = [
-        line.split(" ", 1)[1].split(" - ")[0] for line in run.stdout.splitlines() if line[:6] in {"FAILED", "ERROR "}
-    ]
-    return failed[0] if failed else f"pytest ended with {run.returncode}"
+    return (folder / "failed").read_text() if (folder / "failed").exists() else f"pytest ended with {process.exitcode}"
 
 
 def read_list() -> list[dict[str, Any]]:
@@ -180,6 +225,8 @@ def passing(work: Path) -> dict[str, float]:
 def test(work: Path, workers: int) -> None:
     """Test each mutant of the list that has no result, and add the results to the list."""
     rows, seconds = read_list(), passing(work)
+    os.environ |= VARIABLES
+    CONTEXT.set_forkserver_preload(IMPORTED)
     sample = set(collected("--cases", "sample", "--cases-seed", str(SAMPLE_SEED)))
     folders = SimpleQueue[Path]()
     for number in range(workers):
