@@ -132,18 +132,18 @@ def large(model: Any, factor: float = 200.0) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("part", "name", "kept", "fast"),
+    ("part", "kept", "fast"),
     [
-        (attention, "attention", {"self_attn", ""}, {"mlp"}),
-        (feed_forward, "feed_forward", {"mlp", ""}, {"self_attn"}),
+        (attention.PreparedAttention, {"self_attn", ""}, {"mlp"}),
+        (feed_forward.PreparedFeedForward, {"mlp", ""}, {"self_attn"}),
     ],
 )
 def test_a_layer_does_not_fuse_a_child_whose_probe_differs(
-    part: Any, name: str, kept: set[str], fast: set[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    part: Any, kept: set[str], fast: set[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = large(adapted("llama", dtype))
     twin = copy.deepcopy(model).eval()
-    monkeypatch.setattr(part, name, off(getattr(part, name)))
+    monkeypatch.setattr(part, "run", off(part.run))
     acceleration = accelerate(model)
     for layer in ("model.layers.0", "model.layers.1"):
         assert not {f"{layer}.{child}".rstrip(".") for child in kept} & swapped(model)
@@ -198,7 +198,8 @@ def test_a_part_that_differs_at_another_length_keeps_its_own_forward(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted("mistral")
-    monkeypatch.setattr(attention, "attention", off(attention.attention, lambda x: x.shape[1] == tokens))
+    run = attention.PreparedAttention.run
+    monkeypatch.setattr(attention.PreparedAttention, "run", off(run, lambda x: x.shape[1] == tokens))
     acceleration = accelerate(model)
     assert recipes(acceleration) & {"attention", "decoder layer", "feed-forward"} == {"feed-forward"}
     assert any(f"length {tokens}" in left.why for left in acceleration.skipped)

@@ -17,7 +17,7 @@ from lorakit.identity.identities import Identities
 from lorakit.speed import Acceleration, accelerate, last_layer, pack_rows
 from lorakit.speed.acceleration import accelerate_known
 from lorakit.speed.admission import Known
-from lorakit.speed.attention import attention
+from lorakit.speed.attention import PreparedAttention
 
 from ..doubles import InDouble
 from .test_acceleration import MODELS, WHOLE_LAYERS, adapted, close, given
@@ -30,12 +30,13 @@ FEW = tuple(name for name in WHOLE_LAYERS if name != "mixtral")
 def rows_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
     """Count the rows that each attention of a decoder layer computes."""
     seen: list[int | None] = []
+    run = PreparedAttention.run
 
     def listening(*args: Any, wanted: Tensor | None = None, **words: Any) -> Any:
         seen.append(None if wanted is None else len(wanted))
-        return attention(*args, wanted=wanted, **words)
+        return run(*args, wanted=wanted, **words)
 
-    monkeypatch.setattr("lorakit.speed.attention.attention", listening)
+    monkeypatch.setattr(PreparedAttention, "run", listening)
     yield seen
 
 

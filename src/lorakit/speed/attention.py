@@ -148,8 +148,8 @@ class BoundAttention(Bound):
 
     def run(self, x: Tensor, options: Options) -> tuple[Tensor, None] | None:
         """Return (output (B, T, d), None) for x (B, T, d), or None if the module's own `forward` must run."""
-        y = attention(self, x, None, options, residual=False)
-        return None if y is None else (y, None)
+        prepared = prepare(self, x, None, options)
+        return None if prepared is None else (prepared.run(x, residual=False), None)
 
 
 def match(module: nn.Module) -> BoundAttention | str:
@@ -207,7 +207,9 @@ class PreparedAttention(NamedTuple):
     operands: ActiveOperands
 
     def run(self, x: Tensor, *, residual: bool, wanted: Tensor | None = None) -> Tensor:
-        """Return the output (B, T, d) for x (B, T, d), or (n, d) for the tokens with the flat indices `wanted` (n,)."""
+        """Return the output (B, T, d) for x (B, T, d), or (n, d) if the output projection receives only the tokens with
+        the flat indices `wanted` (n,).
+        """
         y = attention_block(x, self.block, self.pattern, self.rope, residual, wanted)
         self.operands.note(y)
         return y
@@ -235,25 +237,6 @@ def prepare(
     p, interleaved = dropouts[1] or dropout, bound.layout.is_interleaved
     block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, q_norm, k_norm, p, interleaved)
     return PreparedAttention(block, pattern, _rotary(bound, options), operands)
-
-
-def attention(
-    bound: BoundAttention,
-    x: Tensor,
-    norm: Norm | None,
-    options: Options,
-    *,
-    residual: bool,
-    dropout: float = 0.0,
-    wanted: Tensor | None = None,
-) -> Tensor | None:
-    """Compute attention, including the norm before it and the residual after it.
-
-    Returns the output (B, T, d) for x (B, T, d), which `is_supported` accepts, or (n, d) if the output projection
-    receives only the tokens with the flat indices `wanted` (n,); None if the module's own `forward` must run.
-    """
-    prepared = prepare(bound, x, norm, options, dropout)
-    return None if prepared is None else prepared.run(x, residual=residual, wanted=wanted)
 
 
 def _rotary(bound: BoundAttention, options: Options) -> Rotary | None:

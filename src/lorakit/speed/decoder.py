@@ -87,13 +87,12 @@ class BoundLayer(Bound):
         if first is None or second is None or is_watched(self.attention.module, captures=False):
             return None
         rows = rows_to_compute(module, options.get(KEYWORD), x)
-        is_bare = first.after is None  # without a norm after attention, `attention` adds the residual
-        attended = attention.attention(
-            self.attention, x, first.before, options, residual=is_bare, dropout=first.inside, wanted=rows
-        )
-        if attended is None:
+        prepared = attention.prepare(self.attention, x, first.before, options, first.inside)
+        if prepared is None:
             return None
-        if not is_bare:
+        # without a norm after attention, the function for attention adds the residual
+        attended = prepared.run(x, residual=first.after is None, wanted=rows)
+        if first.after is not None:
             attended = _with_residual(select_rows(x, rows), attended, first)
         read = select_rows(x, rows) if self.is_parallel else attended
         fed = _fed(self, second, read, residual=second.after is None and not self.is_parallel)
@@ -146,7 +145,8 @@ def _fed(layer: BoundLayer, around: _Around, x: Tensor, *, residual: bool) -> Te
     block = layer.block
     if block is None or (layer.layout.feed_forward.inner and is_watched(block.module)):
         return None
-    return feed_forward.feed_forward(block, x, around.before, residual=residual, dropout=around.inside)
+    prepared = feed_forward.prepare(block, x, around.before, around.inside)
+    return None if prepared is None else prepared.run(x, residual=residual)
 
 
 def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:

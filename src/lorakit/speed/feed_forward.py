@@ -37,7 +37,8 @@ class BoundFeedForward(Bound):
 
     def run(self, x: Tensor, options: Options) -> Tensor | None:
         """Return the output for x (…, d), or None if the block's own `forward` must run."""
-        return feed_forward(self, x, None, residual=False)
+        prepared = prepare(self, x, None)
+        return None if prepared is None else prepared.run(x, residual=False)
 
 
 def match(module: nn.Module) -> BoundFeedForward | str:
@@ -89,16 +90,6 @@ def prepare(block: BoundFeedForward, x: Tensor, norm: Norm | None, dropout: floa
     keep = RECOMPUTES not in module.__dict__
     form = Form(tuple(inner), down, activation(block.act), norm, False, *dropouts, fused=layout.is_fused, keep=keep)
     return PreparedFeedForward(form, operands)
-
-
-def feed_forward(
-    block: BoundFeedForward, x: Tensor, norm: Norm | None, *, residual: bool, dropout: float = 0.0
-) -> Tensor | None:
-    """Compute a feed-forward block for x (…, d), with the norm before it, and dropout and residual after it. x is one
-    that `is_supported` accepts. Returns None if the module's own `forward` must run.
-    """
-    prepared = prepare(block, x, norm, dropout)
-    return None if prepared is None else prepared.run(x, residual=residual)
 
 
 def _probabilities(module: nn.Module, layout: FeedForwardLayout, behind: float) -> tuple[float, float] | None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lorakit.architectures.families import BLOCKS
 from lorakit.architectures.layouts import AttentionLayout, Sublayer
+from lorakit.ops.norm import Norm
 from lorakit.speed import attention, feed_forward
 from lorakit.speed.admission import Bound
-from lorakit.speed.attention import BoundAttention
-from lorakit.speed.feed_forward import BoundFeedForward
+from lorakit.speed.attention import BoundAttention, PreparedAttention
+from lorakit.speed.feed_forward import BoundFeedForward, PreparedFeedForward
 from lorakit.speed.norm import BoundNorm, bound_norm, dropout_p
 from lorakit.speed.patching import Options, children_of, is_watched, modules_at
 from lorakit.speed.probe import Calls, Pairs
@@ -68,28 +69,26 @@ class BoundSublayer(Bound):
         norm, p = self.norm.operands(), dropout_p(self.module._modules[self.layout.dropout])
         if norm is None or p is None or is_watched(self.inner.module):
             return None
-        if isinstance(self.inner, BoundFeedForward):
-            return feed_forward.feed_forward(self.inner, x, norm, residual=True, dropout=p)
-        with_bias = self._with_bias(x, options)
-        if with_bias is None:
-            return None
-        y = attention.attention(self.inner, x, norm, with_bias, residual=True, dropout=p)
-        return None if y is None else (y, with_bias[BIAS], None)
+        prepared, bias = self._prepare(x, norm, options, p)
+        y = None if prepared is None else prepared.run(x, residual=True)
+        return y if y is None or bias is None else (y, bias, None)
 
     def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
         """Pair the recorded branch (B, T, d) with the branch that the fused `forward` adds to the residual."""
         (own,) = (inside[path].output for path in self.traced)
-        norm, fused = self.norm.operands(), None
-        if isinstance(self.inner, BoundFeedForward):
-            fused = feed_forward.feed_forward(self.inner, x, norm, residual=False)
-        elif (with_bias := self._with_bias(x, options)) is not None:
-            fused = attention.attention(self.inner, x, norm, with_bias, residual=False)
-        return [(fused, own)]
+        prepared, _ = self._prepare(x, self.norm.operands(), options, 0.0)
+        return [(None if prepared is None else prepared.run(x, residual=False), own)]
 
-    def _with_bias(self, x: Tensor, options: Options) -> Options | None:
-        """Return the arguments of a call for x (B, T, d) with the bias of its scores, or None if there is none."""
-        bias = _distances(self.inner.module, x, options.get(BIAS)) if x.ndim == 3 else None
-        return None if bias is None else options | {BIAS: bias}
+    def _prepare(
+        self, x: Tensor, norm: Norm | None, options: Options, p: float
+    ) -> tuple[PreparedAttention | PreparedFeedForward | None, Tensor | None]:
+        """Return the operands for hidden states x (B, T, d), and the bias of the scores (1 or B, H, T, T), if any."""
+        inner = self.inner
+        if isinstance(inner, BoundFeedForward):
+            return feed_forward.prepare(inner, x, norm, p), None
+        bias = _distances(inner.module, x, options.get(BIAS)) if x.ndim == 3 else None
+        prepared = None if bias is None else attention.prepare(inner, x, norm, options | {BIAS: bias}, p)
+        return prepared, bias
 
 
 def match(module: nn.Module) -> BoundSublayer | str:
