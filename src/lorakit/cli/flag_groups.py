@@ -43,7 +43,7 @@ class RowFlags:
     def check(self) -> None:
         """Raise ConfigError if a flag has a value that is not allowed; `request` checks the name of the shape."""
         early.check_choice("on_bad_row", self.on_bad_row, choices_of("on_bad_row"))
-        self._columns()
+        _pairs("columns", self.columns)
 
     def request(self, allowed: tuple[str, ...] = (), group: str | None = None, needs_label: bool = True) -> Request:
         """Return the choices about how rows are read; this imports torch.
@@ -56,10 +56,8 @@ class RowFlags:
         """
         from lorakit.data import Request
 
-        return Request(self.format, self._columns(), self.on_bad_row == "skip", group, allowed, needs_label)
-
-    def _columns(self) -> dict[str, str]:
-        return _checked("columns", self.columns)
+        columns = _pairs("columns", self.columns)
+        return Request(self.format, columns, self.on_bad_row == "skip", group, allowed, needs_label)
 
 
 @dataclass(frozen=True)
@@ -72,21 +70,17 @@ class LabelFlags:
     def check(self) -> None:
         """Raise ConfigError if a flag has a value that is not allowed; names in the label map are checked later."""
         early.check_choice("tag_scheme", self.tag_scheme, choices_of("tag_scheme"))
-        self._label_map()
+        _pairs("label_map", self.label_map)
 
     def options(self, label_type: LabelType = "auto", *, is_evaluation_given: bool = False) -> LabelOptions:
         """Return the choices about how labels are read, or raise ConfigError; this imports torch."""
         from lorakit.tasks import LabelOptions
 
-        return LabelOptions(
-            label_type, is_evaluation_given=is_evaluation_given, label_map=self._label_map(), tag_scheme=self.tag_scheme
-        )
-
-    def _label_map(self) -> dict[str, str]:
-        return _checked("label_map", self.label_map)
+        label_map = _pairs("label_map", self.label_map)
+        return LabelOptions(label_type, is_evaluation_given, label_map=label_map, tag_scheme=self.tag_scheme)
 
 
-def _checked(name: str, given: list[str] | None) -> dict[str, str]:
+def _pairs(name: str, given: list[str] | None) -> dict[str, str]:
     """Return the pairs of a flag as a dict; an invalid one raises ConfigError."""
     if not given:
         return {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,16 +159,15 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
 
     With `verbose`, print also the token count and speed of each answer.
     """
-    started = time.perf_counter()
     columns = max(1, shutil.get_terminal_size().columns // max(1, len(answers)))
     if quiet:
-        _fill(answers, stream, started)
+        _fill(answers, stream)
     elif len(answers) == 1:
-        _stream_one(answers[0], stream, started)
+        _stream_one(answers[0], stream)
     elif is_animated(sys.stdout) and columns >= MIN_COLUMN:
-        _live_columns(answers, stream, started)
+        _live_columns(answers, stream)
     else:
-        _fill(answers, stream, started)
+        _fill(answers, stream)
         for number, answer in enumerate(answers):
             console.say(("\n" if number else "") + f"── {answer.name} " + "─" * max(4, 60 - len(answer.name)))
             _print_text(answer.text.strip("\n"))
@@ -221,19 +219,17 @@ def _print_text(text: str) -> None:
     write_model_text((text if width is None else wrap(printable(text), width, hanging="")) + "\n")
 
 
-def _fill(answers: Sequence[Answer], stream: Iterable[NewToken], started: float) -> None:
+def _fill(answers: Sequence[Answer], stream: Iterable[NewToken]) -> None:
     for new in stream:
         answers[new.row].add(new)
-        answers[new.row].seconds = time.perf_counter() - started
 
 
-def _stream_one(answer: Answer, stream: Iterable[NewToken], started: float) -> None:
+def _stream_one(answer: Answer, stream: Iterable[NewToken]) -> None:
     width = screen_width(sys.stdout)
     lines = None if width is None else _Lines(width)
     try:
         for new in stream:
             piece = answer.add(new)
-            answer.seconds = time.perf_counter() - started
             write_model_text(piece if lines is None else lines.add(printable(piece)))
     finally:
         if lines is not None:
@@ -242,7 +238,7 @@ def _stream_one(answer: Answer, stream: Iterable[NewToken], started: float) -> N
             write_model_text("\n")
 
 
-def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started: float) -> None:
+def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken]) -> None:
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -255,7 +251,7 @@ def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started
         return drawn
 
     with Live(get_renderable=table, console=drawing_console(), refresh_per_second=8):
-        _fill(answers, stream, started)
+        _fill(answers, stream)
 
 
 def _sum_up(answers: Sequence[Answer], verbose: bool) -> None:

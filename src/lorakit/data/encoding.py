@@ -252,6 +252,12 @@ _Row: TypeAlias = "tuple[Many[int], Many[bool] | bytes, Many[str]]"
 """Token ids, whether each token contributes to the loss, and the text of each token if it is shown."""
 
 
+def too_long(record: Record, tokens: int, length: int) -> DataError:
+    """Return an error about a row with more tokens than the maximum length."""
+    text = f"the row has {tokens:,} tokens, but max_length is {length:,}; see --overlong."
+    return DataError(f"{location(record)}: {text}", where=location(record), field="overlong")
+
+
 def _nothing_left(report: DataReport, first: Record | None) -> str:
     if first is None:
         return "The data has no rows."
@@ -366,8 +372,7 @@ class _Work:
         if len(row.ids) > length:
             report.cut_rows += 1
             if self._overlong == "error":
-                text = f"the row has {len(row.ids):,} tokens, but max_length is {length:,}; see --overlong."
-                raise DataError(f"{location(record)}: {text}", where=location(record), field="overlong")
+                raise too_long(record, len(row.ids), length)
             if self._overlong == "drop":
                 return (), False
             if self._overlong == "split":

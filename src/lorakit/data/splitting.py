@@ -319,9 +319,8 @@ def _cut(everything: AnyRecords, fraction: float | None) -> Split:
     count = _count(size, fraction, LEAST_CHARACTERS)
     at = _border(document, size - count, min(count // 2, _FARTHEST)) if size >= SHORTEST_DOCUMENT else None
     if at is None:
-        uncut = _nothing(everything, "the data is a single document")
-        return Split(
-            uncut.train, uncut.held_out, f"{uncut.note} It has no place to cut, or fewer than 1,000 characters."
+        return _nothing(
+            everything, "the data is a single document, which has no place to cut, or fewer than 1,000 characters"
         )
     train, held_out = everything.cut(at, at / size)
     note = (

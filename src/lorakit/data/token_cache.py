@@ -19,11 +19,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lorakit.caches import TOKENS, remove_unused
-from lorakit.choices import Overlong
-from lorakit.data.encoding import Encoded, Sequence, Sequences, encode
+from lorakit.data.encoding import Encoded, Sequence, Sequences
 from lorakit.data.report import DataReport, Report
 from lorakit.data.stored import AnyRecords, StoredRecords
-from lorakit.data.tokens import Tokenizer, beginning
 from lorakit.durable import JsonObject, JsonValue, is_sealed, read_json, sealed, sha256_file, write_bytes, write_json
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import LorakitError
@@ -74,23 +72,6 @@ class TokenCache:
         self._inputs = dict(inputs)
         self._say = say
         self._most_bytes = most_bytes
-
-    def encode(
-        self,
-        records: AnyRecords,
-        tokenizer: Tokenizer,
-        max_length: int,
-        watch: Callable[[int], None] | None = None,
-        *,
-        overlong: Overlong = "truncate",
-    ) -> Encoded:
-        """Return the result of `lorakit.data.encoding.encode`, from an entry if there is one; see `fetch`."""
-        return self.fetch(
-            records,
-            [max_length, overlong, beginning(tokenizer)],
-            lambda: encode(records, tokenizer, max_length, watch, overlong=overlong),
-            _TEXT,
-        )
 
     def fetch(self, records: AnyRecords, encoding: Many[JsonValue], make: Callable[[], Encoded], form: Form) -> Encoded:
         """Return encoded rows from an entry if there is one, or else encode them and write the entry.
@@ -165,7 +146,8 @@ def _loaded(entry: Path) -> tuple[Buffers, Mapping[str, Any]]:
     return maps, manifest["values"]
 
 
-_TEXT = Form(Sequences.buffers, lambda maps: Sequences.of(maps["ids"], maps["trained"], maps["ends"]), DataReport)
+TEXT = Form(Sequences.buffers, lambda maps: Sequences.of(maps["ids"], maps["trained"], maps["ends"]), DataReport)
+"""How the rows of causal language modeling are stored."""
 
 
 def _line(cause: Exception) -> str:

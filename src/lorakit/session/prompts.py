@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -153,7 +154,7 @@ class Answer:
         text: The text so far.
         tokens: Number of tokens so far, with the one that ends the answer.
         ended: Why the answer ended, or None; see `lorakit.generate.Ending`.
-        seconds: Time since the first token was requested.
+        seconds: Time from the creation of this object to the last token.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
@@ -162,11 +163,13 @@ class Answer:
         self.tokens = 0
         self.ended: str | None = None
         self.seconds = 0.0
+        self._started = time.perf_counter()
         self._stream = TextStream(tokenizer, prompt_ids)
 
     def add(self, new: NewToken) -> str:
         """Add a token, and return the text that it adds."""
         self.tokens += 1
+        self.seconds = time.perf_counter() - self._started
         self.ended = new.ended
         piece = self._stream.push(new.token)
         if new.ended is not None:

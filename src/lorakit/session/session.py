@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType, TracebackType
@@ -290,23 +289,22 @@ class Session:
             LorakitError: See `lorakit.generate.generate_batch`.
         """
         self.spec.check_generates()
-        answers, encoded, endings = list[Answer](), list[list[int]](), list[set[int]]()
+        parts, encoded, endings = list[tuple[str, SavedTokenizer, list[int]]](), list[list[int]](), list[set[int]]()
         for prompt, adapter in zip(prompts, adapters, strict=True):
             name = self._chosen(adapter)
             facts = self.spec.facts if name is None else [self.adapters[name].sidecar.facts]
             tokenizer = self._tokenizer_of(name)
             form, _ = prompt_format(tokenizer, facts, True if isinstance(prompt, Conversation) else chat)
             encoded += encode_prompts([prompt], tokenizer, form, system)
-            answers.append(Answer(name or "base", tokenizer, encoded[-1]))
+            parts.append((name or "base", tokenizer, encoded[-1]))
             endings.append(end_ids(self.model, tokenizer, form))
         if any(ending != endings[0] for ending in endings):
             text = "the answers of these adapters end with different tokens; generate them in separate calls."
             raise UsageError(text, field="adapters")
-        started = time.perf_counter()
+        answers = [Answer(*part) for part in parts]
         ends = endings[0] if endings else ()
         for token in self.stream(encoded, adapters, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=ends):
             answers[token.row].add(token)
-            answers[token.row].seconds = time.perf_counter() - started
         return answers
 
     def chat(

@@ -15,6 +15,8 @@ from lorakit.data import AnyRecords, Batch, Encoded, Record, Tokenizer, encode_r
 from lorakit.data import encode as encode_text
 from lorakit.data.encoding import IGNORED, Sequence, shown_rows
 from lorakit.data.loader import padded
+from lorakit.data.token_cache import TEXT
+from lorakit.data.tokens import beginning
 from lorakit.errors import NotYetSupported
 from lorakit.speed import Acceleration, pack_rows
 from lorakit.speed.loss import Head, head_for, output_head, shifted
@@ -26,9 +28,13 @@ from lorakit.tasks.task import EncodeOptions, Objective, Task
 def encode(records: AnyRecords, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Encoded:
     """Encode documents, completions and conversations; see `lorakit.data.encode`."""
     length, overlong = options.max_length, options.overlong
-    if options.cache is not None and options.visit is None:
-        return options.cache.encode(records, tokenizer, length, options.watch, overlong=overlong)
-    return encode_text(records, tokenizer, length, options.watch, overlong=overlong, visit=options.visit)
+
+    def make() -> Encoded:
+        return encode_text(records, tokenizer, length, options.watch, overlong=overlong, visit=options.visit)
+
+    if options.cache is None or options.visit is not None:
+        return make()
+    return options.cache.fetch(records, [length, overlong, beginning(tokenizer)], make, TEXT)
 
 
 def encode_one(record: Record, tokenizer: Tokenizer, target: Target, options: EncodeOptions) -> Many[Sequence]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.data import AnyRecords, Conversation, Encoded, Labeled, Record, Tagged, Tokenizer
-from lorakit.data.encoding import IGNORED
+from lorakit.data.encoding import IGNORED, too_long
 from lorakit.data.encoding import Sequence as Row
 from lorakit.data.records import Completion, content_key, is_empty, location, text_of_record
 from lorakit.data.stored import sized
@@ -267,20 +267,17 @@ def _tokens(
         )
         raise ModelError(text, what=type(tokenizer).__name__, field="tgt_lang") from cause
     count = len(tokens["input_ids"])
-    if count <= options.max_length:
-        return {**tokens, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, tokens),)}
-    work.report.cut_rows += 1
-    if options.overlong == "error":
-        text = (
-            f"{location(record)}: the row has {count:,} tokens, but max_length is {options.max_length:,}; "
-            "see --overlong."
-        )
-        raise DataError(text, where=location(record), field="overlong")
-    if options.overlong == "drop":
-        return None
-    kept = tokenizer(**arguments, truncation=True, max_length=options.max_length)
-    whole = {"offset_mapping": tokens["offset_mapping"], "kept": _kept(tokenizer, tokens, kept)} if offsets else {}
-    return {**kept, **whole, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, kept),)}
+    kept = tokens
+    if count > options.max_length:
+        work.report.cut_rows += 1
+        if options.overlong == "error":
+            raise too_long(record, count, options.max_length)
+        if options.overlong == "drop":
+            return None
+        kept = tokenizer(**arguments, truncation=True, max_length=options.max_length)
+        if offsets:
+            kept |= {"offset_mapping": tokens["offset_mapping"], "kept": _kept(tokenizer, tokens, kept)}
+    return {**kept, "pieces": () if options.shown is None else (_pieces(tokenizer, texts, tokens, kept),)}
 
 
 def _kept(tokenizer: Any, whole: Any, kept: Any) -> dict[int | None, int]:

@@ -187,7 +187,8 @@ def test_a_missing_group_column(short_run: dict[str, Any], tmp_path: Path, mode:
 def test_a_second_run_reads_its_tokens_from_the_cache(
     short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakit.data import token_cache
+    from lorakit.data import encode, token_cache
+    from lorakit.tasks import causal_lm
 
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(token_cache, "LEAST_BYTES", 1)
@@ -199,11 +200,12 @@ def test_a_second_run_reads_its_tokens_from_the_cache(
     weights = (short_run["output_dir"] / "adapter" / "adapter_model.safetensors").read_bytes()
     for again in (False, True):
         if again:
-            monkeypatch.setattr(token_cache, "encode", None)
+            monkeypatch.setattr(causal_lm, "encode_text", None)
         run(settings.model_copy(update={"overwrite": True}))
         assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
         assert recorded(short_run)["data"] == plain["data"]
         assert recorded(short_run)["evaluation_data"] == plain["evaluation_data"]
         assert (short_run["output_dir"] / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    monkeypatch.setattr(causal_lm, "encode_text", encode)
     monkeypatch.setenv("LORAKIT_CACHE", "~nobody-of-this-name/cache")
     assert run(settings.model_copy(update={"overwrite": True})).ending == "finished"
