@@ -27,6 +27,12 @@ JsonObject: TypeAlias = dict[str, Any]
 JsonValue: TypeAlias = bool | int | float | str | list[Any] | JsonObject | None
 """Any JSON value."""
 
+
+def as_object(value: JsonValue) -> JsonObject:
+    """Return a value read from a file if it is a JSON object, else {}: files may contain anything."""
+    return value if isinstance(value, dict) else {}
+
+
 TEMPORARY = ".lorakit-tmp-"
 """Name prefix of all unfinished files and directories, by which `sweep` finds them."""
 

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import NAMES, by_name
 from lorakit.cli.early import adapter_folders
+from lorakit.durable import as_object
 from lorakit.errors import UsageError
 from lorakit.tables import format_bytes, format_count
 
@@ -82,14 +83,13 @@ def differing(summaries: Sequence[AdapterSummary]) -> dict[str, dict[str, JsonVa
 
 
 def _properties(summary: AdapterSummary) -> dict[str, JsonValue]:
-    training = summary.facts.get("training")
     return {
         "healthy": not summary.findings,
         "base": summary.config.base_model_name_or_path or summary.facts.get("base_name"),
         "parameters": summary.parameters,
         "sites": len(summary.sites),
         "norm": math.sqrt(sum(site.norm**2 for site in summary.sites)),
-        "eval_loss": training.get("eval_loss") if isinstance(training, dict) else None,
+        "eval_loss": as_object(summary.facts.get("training")).get("eval_loss"),
         **{name: value for name, value in summary.config.as_json().items() if name != "base_model_name_or_path"},
     }
 

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console, early
 from lorakit.config import CONFIG_FILE, SIDECAR_FILE, read_config
-from lorakit.durable import read_json
+from lorakit.durable import as_object, read_json
 from lorakit.errors import AdapterFileError, LorakitError, RunError
 from lorakit.report import RUN_FILE, read_metrics
 
@@ -108,8 +108,8 @@ def _described(root: Path, folder: Path) -> dict[str, Any]:
 def _run(folder: Path) -> dict[str, Any]:
     """Return what the record of a run says, or an empty dict without a record."""
     path = folder / RUN_FILE
-    record = _table(read_json(path, MAX_SIDECAR_BYTES)) if path.is_file() else {}
-    settings, resolved, result = (_table(record.get(name)) for name in ("settings", "resolved", "result"))
+    record = as_object(read_json(path, MAX_SIDECAR_BYTES)) if path.is_file() else {}
+    settings, resolved, result = (as_object(record.get(name)) for name in ("settings", "resolved", "result"))
     if not any(folder.iterdir()):
         return {"status": "running" if _is_active(folder) else "not started"}
     if not record:
@@ -122,7 +122,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "status": "interrupted"
         if record.get("status") == "running" and not _is_active(folder)
         else record.get("status"),
-        **({"failure": message} if (message := _table(record.get("error")).get("message")) else {}),
+        **({"failure": message} if (message := as_object(record.get("error")).get("message")) else {}),
     }
 
 
@@ -155,13 +155,13 @@ def _adapter(folder: Path) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # `lorakit inspect` shows them
         config, _ = read_config(folder)
     sidecar = folder / SIDECAR_FILE
-    facts = _table(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
-    training = _table(facts.get("training"))
-    task, start = config.task_type, _table(training.get("from_adapter"))
+    facts = as_object(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
+    training = as_object(facts.get("training"))
+    task, start = config.task_type, as_object(training.get("from_adapter"))
     known = {
         "base_model": facts.get("base_name") or config.base_model_name_or_path,
         "steps": training.get("step"),
-        "data": [*_table(training.get("data_sha256"))],
+        "data": [*as_object(training.get("data_sha256"))],
     }
     return {
         **{name: value for name, value in known.items() if value},
@@ -192,7 +192,3 @@ def _row(one: Mapping[str, Any]) -> list[str]:
 
 def _end(text: str, width: int) -> str:
     return text if len(text) <= width else f"…{text[1 - width :]}"
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -27,7 +27,7 @@ from lorakit.data.messages import (
     translation_of,
 )
 from lorakit.data.records import Record, Records
-from lorakit.durable import JsonObject, JsonValue
+from lorakit.durable import JsonObject, JsonValue, as_object
 from lorakit.errors import ConfigError, DataError, nearest
 
 LABELS = ("label", "tags", "target")
@@ -171,7 +171,7 @@ class Request:
 
     def with_usual(self, trained: JsonValue) -> Request:
         """Return these choices, and for files that they fit, those of an adapter's training, over which these win."""
-        facts = trained if isinstance(trained, dict) else {}
+        facts = as_object(trained)
         shape, columns = facts.get("shape"), facts.get("columns")
         if not isinstance(shape, str) or not isinstance(columns, dict) or self.format not in (None, shape):
             return self

@@ -60,10 +60,9 @@ def _scales_of_run(adapter: core.AdapterFiles) -> tuple[Path, dict[str, Tensor]]
 
     The adapter's metadata has the hash of the file, which is next to the adapter in the run directory.
     """
-    training = adapter.sidecar.facts.get("training")
-    recorded = training.get("base_matmul") if isinstance(training, Mapping) else None
+    recorded = durable.as_object(durable.as_object(adapter.sidecar.facts.get("training")).get("base_matmul"))
     path = Path(adapter.folder).parent / INT8_FILE
-    if not isinstance(recorded, Mapping) or not path.is_file():
+    if not recorded or not path.is_file():
         return None
     data = durable.read_bytes(path, _MAX_BYTES)
     return (path, tensors_from_bytes(data)) if durable.sha256_bytes(data) == recorded.get("scales_sha256") else None

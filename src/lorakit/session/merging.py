@@ -22,7 +22,7 @@ from lorakit.core.merging import tied_sites
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
-from lorakit.durable import write_json
+from lorakit.durable import as_object, write_json
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import MergeError, ModelError
 from lorakit.generate import context_tokens
@@ -211,8 +211,7 @@ def record(request: MergeRequest, done: Merged, probe: Probe) -> dict[str, Any]:
 
 def _training(adapters: Sequence[AdapterFiles]) -> dict[str, Any]:
     """Return how the adapters were trained, as far as it matters for the use of the model and all of them agree."""
-    trainings = [files.sidecar.facts.get("training") for files in adapters]
-    first, *others = [one if isinstance(one, dict) else {} for one in trainings]
+    first, *others = [as_object(files.sidecar.facts.get("training")) for files in adapters]
     return {name: first[name] for name in TRAINING if name in first and all(o.get(name) == first[name] for o in others)}
 
 

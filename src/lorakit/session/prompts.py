@@ -15,7 +15,7 @@ from lorakit.data.chat_rendering import check_rendered
 from lorakit.data.messages import BadRow
 from lorakit.data.shapes import recognize
 from lorakit.data.tokens import beginning, token_ids
-from lorakit.durable import JsonObject, JsonValue
+from lorakit.durable import JsonObject, JsonValue, as_object
 from lorakit.errors import DataError, UsageError
 from lorakit.generate import NewToken, TextStream
 
@@ -38,8 +38,7 @@ def prompt_format(
     Raises:
         UsageError: A chat template is requested, but there is none.
     """
-    training = [one.get("training") for one in facts]
-    trained = {one.get("prompt_format") if isinstance(one, Mapping) else None for one in training}
+    trained = {as_object(one.get("training")).get("prompt_format") for one in facts}
     form = next((name for name in _FORMATS if trained == {name}), None)  # files may contain anything
     if chat is None:
         usual = "chat" if tokenizer.chat_template else "text"

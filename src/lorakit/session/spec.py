@@ -16,7 +16,7 @@ from lorakit.choices import MATMUL_IN_INT8
 from lorakit.config import LoraConfig
 from lorakit.core import AdapterFiles
 from lorakit.data import Request
-from lorakit.durable import JsonObject, read_json
+from lorakit.durable import JsonObject, as_object, read_json
 from lorakit.errors import ModelError, UsageError
 from lorakit.hub_cache import is_on_hub, with_revision
 from lorakit.plan.quantized import Quantization
@@ -190,9 +190,7 @@ class SessionSpec:
         with contextlib.suppress(ModelError):  # whoever needs the tokenizer gets the error
             remarks += [Remark(self._tokenizer[1], is_warning=True)] if self._tokenizer[1] else []
         for files in self.files:
-            training = files.sidecar.facts.get("training")
-            stored = training.get("quantization") if isinstance(training, dict) else None
-            method = stored.get("method") if isinstance(stored, dict) else None
+            method = as_object(as_object(files.sidecar.facts.get("training")).get("quantization")).get("method")
             if method is not None and (wanted is None or method != wanted.name):
                 text = f"{files.folder}: trained on a base quantized as {method}, but this base is {now}; "
                 remarks.append(Remark(f"{text}pass --quantization {method} to use the same weights as in training."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lorakit import data, hub
 from lorakit.core import AdapterFiles
@@ -41,7 +41,7 @@ def tokenizer_for(source: hub.ModelSource, adapters: Sequence[AdapterFiles]) -> 
         ModelError: Neither the model nor the adapters have a tokenizer, or the tokenizer cannot be read.
     """
     saved = [own for files in adapters if (own := hub.adapter_tokenizer(files.folder)) is not None]
-    distinct = {(hub.tokenizer_hash(own), hub.chat_template_hash(own)): own for own in saved}
+    distinct = {_hashes(own): own for own in saved}
     largest = _largest(list(distinct.values()))
     if largest is not None:
         return largest, ""
@@ -67,10 +67,11 @@ def own_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> SavedTokenizer | N
         ModelError: The tokenizer cannot be read.
     """
     saved = hub.adapter_tokenizer(folder)
-    if saved is None:
-        return None
-    same = hub.tokenizer_hash(saved) == hub.tokenizer_hash(tokenizer)
-    return None if same and hub.chat_template_hash(saved) == hub.chat_template_hash(tokenizer) else saved
+    return None if saved is None or _hashes(saved) == _hashes(tokenizer) else saved
+
+
+def _hashes(tokenizer: Any) -> tuple[str, str | None]:
+    return hub.tokenizer_hash(tokenizer), hub.chat_template_hash(tokenizer)
 
 
 def common_tokenizer(source: hub.ModelSource, folders: Iterable[Path]) -> SavedTokenizer:

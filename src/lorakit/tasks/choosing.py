@@ -11,7 +11,7 @@ from typing import Any
 from lorakit import hub
 from lorakit.config import HEADS_BY_TASK, LoraConfig, read_config
 from lorakit.data import AnyRecords, Labeled, Record, Records, Split, Tagged, Tokenizer
-from lorakit.durable import JsonObject, JsonValue
+from lorakit.durable import JsonObject, JsonValue, as_object
 from lorakit.errors import AdapterFileError, ModelError, UsageError
 from lorakit.tasks.causal_lm import CAUSAL_LM
 from lorakit.tasks.classification import CLASSIFICATION, TOKEN_CLASSIFICATION
@@ -168,8 +168,7 @@ def task_of_adapter(config: LoraConfig, training: JsonValue, outputs: int | None
     Raises:
         UsageError: lorakit has no task for the adapter's `task_type`.
     """
-    facts = training if isinstance(training, dict) else {}
-    labels = facts.get("labels")
+    labels = as_object(training).get("labels")
     target = Target.from_dict(labels)
     kind = config.task_type
     task = next((one for one in TASKS.values() if one.adapter_task == kind), CAUSAL_LM if kind is None else None)

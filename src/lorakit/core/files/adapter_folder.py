@@ -20,7 +20,7 @@ from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, LoraConfig,
 from lorakit.core.files.tensors import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE, without_wrappers
-from lorakit.durable import SEAL, JsonObject, JsonValue
+from lorakit.durable import SEAL, JsonObject, JsonValue, as_object
 from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets import literal_value, names_path
 
@@ -306,8 +306,8 @@ def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
         WEIGHTS_FILE: values["weights"]["sha256"],
         **_first_factors(values),
     }
-    replaces = _table(values[REPLACES])
-    before = _table(replaces.get("files"))
+    replaces = as_object(values[REPLACES])
+    before = as_object(replaces.get("files"))
     on_disk = {name: durable.sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
     if all(on_disk.get(name) == sha256 for name, sha256 in after.items()):
         return {key: value for key, value in values.items() if key != REPLACES}, False
@@ -333,13 +333,13 @@ def _mixed(
 
 def _first_factors(values: JsonObject) -> dict[str, str]:
     """Return {name: SHA-256} for the file with the initial factors, or an empty dict if no such file is needed."""
-    began = _table(values.get(BEGAN))
+    began = as_object(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
 def _checked(path: Path, value: JsonValue) -> JsonObject:
     """Check that a value is a JSON object in a known format, with a valid seal if the format has one."""
-    values = _table(value)
+    values = as_object(value)
     version = values.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _not_valid(path, "not a JSON object with a format_version")
@@ -349,7 +349,7 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
             f"format {version} is newer than format {FORMAT_VERSION}, the latest that this version can read. Update "
             "lorakit, or remove the file to load the adapter unverified.",
         )
-    hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
+    hashes = [as_object(values.get(key)).get("sha256") for key in ("weights", "config")]
     if version >= SEALED_SINCE and not (
         durable.is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)
     ):
@@ -366,7 +366,7 @@ def _not_valid(path: Path, problem: str) -> AdapterFileError:
 
 
 def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
-    weights, config, sites, began = (_table(values.get(key)) for key in ("weights", "config", "sites", BEGAN))
+    weights, config, sites, began = (as_object(values.get(key)) for key in ("weights", "config", "sites", BEGAN))
     shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
     known = {"format_version", SEAL, "weights", "config", "base", "sites", BEGAN}
     facts = {key: value for key, value in values.items() if key not in known}
@@ -376,7 +376,7 @@ def _parsed(path: Path, values: JsonObject, interrupted: bool) -> Sidecar:
     for site, entry in sites.items():
         if not _is_site(entry):
             raise _not_valid(path, f"sites[{site!r}] is {str(entry)[:60]}; expected numbers r and lora_alpha")
-    if began and not all(map(_is_site, _table(began.get("sites")).values())):
+    if began and not all(map(_is_site, as_object(began.get("sites")).values())):
         raise _not_valid(path, f"{BEGAN} does not contain numbers r and lora_alpha for each site")
     version = values["format_version"]
     return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, version, interrupted)
@@ -406,9 +406,5 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
 
 
 def _is_site(entry: JsonValue) -> bool:
-    numbers = [_table(entry).get(key) for key in ("r", "lora_alpha")]
+    numbers = [as_object(entry).get(key) for key in ("r", "lora_alpha")]
     return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
-
-
-def _table(value: JsonValue) -> JsonObject:
-    return value if isinstance(value, dict) else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit import hub
 from lorakit.config import SIDECAR_FILE, LoraConfig, read_config
-from lorakit.durable import JsonObject, JsonValue, read_json
+from lorakit.durable import JsonObject, as_object, read_json
 from lorakit.tasks import CAUSAL_LM, task_of_adapter
 from lorakit.tasks.metrics import BASELINES
 
@@ -36,13 +36,13 @@ def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None =
     """
     config, _ = read_config(folder)
     sidecar = folder / SIDECAR_FILE
-    facts = _table(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
-    base, total = published_base(config), _table(facts.get("base")).get("parameters")
+    facts = as_object(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
+    base, total = published_base(config), as_object(facts.get("base")).get("parameters")
     name = base or Path(str(facts.get("base_name") or config.base_model_name_or_path or "an unnamed base")).name
     frozen = f"; the frozen base has {total:,}" if isinstance(total, int) else ""
     targets = config.target_modules or config.target_parameters or []
     shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    rows = "\n".join(f"| {title} | {_cell(text)} |" for title, text in _rows(_table(facts.get("training")), record))
+    rows = "\n".join(f"| {title} | {_cell(text)} |" for title, text in _rows(as_object(facts.get("training")), record))
     task = task_of_adapter(config, facts.get("training"))
     names, kind = task.target.names, hub.TASKS[task.task.loader]
     options = f", num_labels={max(1, len(names))}" if task.task.loader in hub.WITH_NEW_HEADS else ""
@@ -135,17 +135,17 @@ def _metadata(base: str | None) -> list[str]:
 def _rows(training: JsonObject, record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield the title and the text of each row of the table."""
     run = record or {}
-    settings, start = _table(run.get("settings")), _table(training.get("from_adapter"))
+    settings, start = as_object(run.get("settings")), as_object(training.get("from_adapter"))
     if settings.get("new_tokens"):
         yield "new tokens", ", ".join(f"`{token}`" for token in settings["new_tokens"])
-    labels = _table(training.get("labels")).get("names") or []
+    labels = as_object(training.get("labels")).get("names") or []
     if training.get("task") not in (None, CAUSAL_LM.name):
         yield "task", f"{training['task']}: {', '.join(labels)}" if labels else training["task"]
     if start:
         steps = f" ({start['steps']} steps)" if start.get("steps") is not None else ""
         name = str(start.get("name"))
         yield "start", f"adapter {name if hub.is_hub_id(name) else Path(name).name}{steps}"
-    data = settings.get("data") or list(_table(training.get("data_sha256")))
+    data = settings.get("data") or list(as_object(training.get("data_sha256")))
     if data:
         yield "data", ", ".join(str(path) if str(path).startswith("hf:") else Path(path).name for path in data)
     if training:
@@ -153,7 +153,7 @@ def _rows(training: JsonObject, record: Mapping[str, Any] | None) -> Iterator[tu
         steps = f"{training.get('step')} of {training.get('total_steps')} steps"
         yield "training", f"{steps}{rate}, seed {training.get('seed')}"
         before = start.get("eval_loss") if start else training.get("base_eval_loss")
-        measured = metrics_line(_table(training.get("first_metrics")), _table(training.get("metrics")))
+        measured = metrics_line(as_object(training.get("first_metrics")), as_object(training.get("metrics")))
         yield "result", measured or evaluation_line(before, training.get("eval_loss"))
         int8 = ", linear layers multiplied in int8 (W8A8)" if training.get("base_matmul") else ""
         yield "precision", f"base {training.get('dtype')}{int8}, adapter float32"
@@ -163,7 +163,3 @@ def _rows(training: JsonObject, record: Mapping[str, Any] | None) -> Iterator[tu
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", r"\|")
-
-
-def _table(value: JsonValue) -> JsonObject:
-    return value if isinstance(value, dict) else {}

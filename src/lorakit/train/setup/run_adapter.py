@@ -27,6 +27,7 @@ from lorakit.core.inits import init_named
 from lorakit.core.model.vocabulary import grow_vocabulary, initialize_rows, with_trained_rows
 from lorakit.core.operations.data_init import allocate
 from lorakit.data import Batch, BatchLoader, Loader, StreamLoader
+from lorakit.durable import as_object
 from lorakit.errors import AdapterFileError, ConfigError, LorakitError, RunError, TargetError, UsageError
 from lorakit.hub_cache import adapter_from_hub, find_adapter, is_on_hub
 from lorakit.session.spec import recorded_base
@@ -275,19 +276,19 @@ def check_targets(start: StartAdapter, settings: TrainSettings, shape: plan.Mode
 
 
 def _origin(given: str, adapter: core.TrainedAdapter) -> JsonObject:
-    training = adapter.facts.get("training")
-    steps = _steps(training)
-    if steps is not None and isinstance(training, dict) and isinstance(training.get("from_adapter"), dict):
-        before = training["from_adapter"].get("steps")
+    training = as_object(adapter.facts.get("training"))
+    steps, start = _steps(training), as_object(training.get("from_adapter"))
+    if steps is not None and start:
+        before = start.get("steps")
         steps = steps + before if isinstance(before, int) else None
     base = adapter.facts.get("base_name") or adapter.config.base_model_name_or_path
-    rows = {name: training.get(name) for name in ("shape", "columns")} if isinstance(training, dict) else None
+    rows = {name: training.get(name) for name in ("shape", "columns")} if training else None
     return {"name": given, "sha256": adapter.weights_sha256, "base_name": base, "steps": steps, "rows": rows}
 
 
 def _steps(training: JsonValue) -> int | None:
     """Return the step of an adapter within its own run, from its training metadata."""
-    step = training.get("step") if isinstance(training, dict) else None
+    step = as_object(training).get("step")
     return step if isinstance(step, int) else None
 
 

@@ -16,7 +16,7 @@ from lorakit.data.encoding import IGNORED
 from lorakit.data.loader import padded_ids
 from lorakit.data.records import content_key
 from lorakit.data.sources import weights_of
-from lorakit.durable import JsonValue
+from lorakit.durable import JsonValue, as_object
 from lorakit.errors import DataError, DiskError, LorakitError, UsageError
 from lorakit.tables import format_count
 from lorakit.tasks import EncodeOptions
@@ -197,9 +197,8 @@ def seen_note(
         records: The rows to evaluate on.
         by_file: Whether they are all rows of their files, so that data of its run is a reason to doubt.
     """
-    training = facts.get("training")
-    hashes = training.get("data_sha256") if isinstance(training, Mapping) else None
-    if not isinstance(hashes, Mapping) or not hashes:
+    hashes = as_object(as_object(facts.get("training")).get("data_sha256"))
+    if not hashes:
         return None
     parts = _split_of(adapter.parent, hashes)
     if parts is None:
