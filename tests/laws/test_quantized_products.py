@@ -47,7 +47,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 NOT_DENSE = {"biases": "dense=True replaces the module at up, but adapter '.' trains its bias in place"}
 """Case -> message, for what cannot be merged into a plain module; the quantized module stays."""
 
-NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter and cannot be trained"}}
+NOT_ON = {"biases": {"hqq": "is stored as HQQ, so its bias is not a parameter"}}
 """Case -> package -> message, for what the weight format of a package does not support."""
 
 NOT_MERGED = {"alora", "kasa", "arrow-router"}

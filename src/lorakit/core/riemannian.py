@@ -99,10 +99,7 @@ def preconditioned(
         raise ConfigError.of("reg", damping, "a finite number >= 0")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        text = (
-            f"{optimizer.__name__} requires a closure, which would replace the preconditioned gradients within a step. "
-            "Use an optimizer whose closure is optional, such as AdamW or SGD."
-        )
+        text = f"{optimizer.__name__} requires a closure, which would replace the gradients; use AdamW, for example."
         raise ConfigError(text, what=optimizer.__name__, field="optimizer_cls")
     pairs = [] if find_state(model) is None else trained_factors(model)
     if not pairs:

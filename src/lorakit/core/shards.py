@@ -162,10 +162,7 @@ def _gathered(tensors: Sequence[Tensor], writer: int | None = None) -> AbstractC
         ) from cause
     installed = str(deepspeed.__version__)
     if TorchVersion(installed) < DEEPSPEED_SINCE:
-        text = (
-            f"deepspeed {installed} is too old to read partitioned parameters: pip install "
-            f"'deepspeed>={DEEPSPEED_SINCE}'."
-        )
+        text = f"deepspeed {installed} is too old: pip install 'deepspeed>={DEEPSPEED_SINCE}'."
         raise NotYetSupported(text, what=installed, field="deepspeed", allowed=(DEEPSPEED_SINCE,))
     context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=writer)
     return context

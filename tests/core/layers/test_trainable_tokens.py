@@ -298,7 +298,7 @@ def test_other_adapters_where_rows_stand() -> None:
     with pytest.raises(TargetError, match="cannot be applied to lm_head"):
         attach(model, rows_of(TIED), "b")
     model = with_rows(TIED, "a")
-    with pytest.raises(ConfigError, match="rows of lm_head differently"):
+    with pytest.raises(ConfigError, match="another adapter ties lm_head differently"):
         attach(model, rows_of(TIED, trainable_token_indices={"lm_head": [1]}), "b")
 
 

@@ -83,7 +83,7 @@ def test_what_dora_cannot_do() -> None:
     with torch.no_grad():
         twin.up.lora_magnitude_vector["a"].weight.mul_(0)
     with pytest.raises(
-        AdapterError, match=r"At up, the scales of these DoRA adapters cancel out \(affected outputs: 20\)"
+        AdapterError, match=r"At up, the scales of the DoRA adapters cancel out \(affected outputs: 20\)"
     ):
         combine(twin, ["a"], [1.0], "x", way="cat")
 

@@ -151,10 +151,7 @@ def _notes_on_residuals(index: AdapterIndex, config: LoraConfig, factors: Sequen
             wanted = residual(new.target.kind, spec, index.weight(new.target), new.initial, new.factor.scale)
             error = torch.linalg.vector_norm(base.read(module, stored) - wanted) / torch.linalg.vector_norm(wanted)
             lost = max(lost, float(error))
-    text = (
-        f"{mover} changes base weights (sites: {len(moved)}); the original weights and initial factors are kept "
-        f"({format_bytes(kept_bytes)}), so that the base can be restored."
-    )
+    text = f"{mover} changes base weights (sites: {len(moved)}); the originals are kept ({format_bytes(kept_bytes)})."
     notes = [Note("residual_base", text)]
     if lost:
         text = (

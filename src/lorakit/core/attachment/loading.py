@@ -222,8 +222,7 @@ def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
     )
     if lacking:
         text = (
-            f"{files.folder}: the adapter uses custom kinds of site: {', '.join(lacking)}. Pass them to load_adapter "
-            "as kinds=[...]."
+            f"{files.folder}: the adapter needs custom kinds of site: {', '.join(lacking)}. Pass them as kinds=[...]."
         )
         raise AdapterFileError(text, what=lacking[0], where=files.folder, field="kinds")
 

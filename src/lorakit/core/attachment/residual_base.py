@@ -194,10 +194,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     """
     variant = moving_variant(files.config)
     if variant is not None:
-        text = (
-            f"{files.folder}: {variant.title} changed the base by more than a low-rank product, so this adapter is not "
-            "plain LoRA on the original base. Load the adapter into its model, and merge the adapter."
-        )
+        text = f"{files.folder}: {variant.title} changed the base by more than a low-rank product; merge the adapter."
         raise AdapterFileError(text, what=variant.title, where=files.folder, field=variant.field)
     past = init_record_of(files, False, (RECOMPUTE,))
     if not past.moves:

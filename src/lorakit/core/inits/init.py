@@ -67,19 +67,13 @@ class InitContext:
         """Raise a ConfigError, which begins with `requirement`, if the rank exceeds the number of directions."""
         if self.r > most:
             needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs at least r directions"
-            text = (
-                f"{needs}; r is {self.r}, but the maximum at this site is {most}. Lower r (use rank_pattern to change "
-                "only this module)."
-            )
+            text = f"{needs}; r is {self.r}, but the maximum at this site is {most}; lower r (here: use rank_pattern)."
             raise self.error(text, what=self.r, field="r")
 
     def check_collected(self, rank: float) -> None:
         """Raise a ConfigError if statistics were collected for another rank."""
         if rank != self.r:
-            text = (
-                f"the statistics were collected for rank {rank:g}, but r is {self.r}. Collect the statistics "
-                "with the config that you pass to attach."
-            )
+            text = f"the statistics were collected for rank {rank:g}, but r is {self.r}; collect them with this config."
             raise self.error(text, what=self.r, field="r")
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

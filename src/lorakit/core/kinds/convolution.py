@@ -30,10 +30,7 @@ def _specs(module: Convolution) -> tuple[WeightSpec, ...]:
 
 def _shapes(spec: WeightSpec, r: int) -> tuple[Shape, Shape]:
     if r % spec.groups:
-        text = (
-            f"The rank is {r}, but a convolution with {spec.groups} groups needs a rank divisible by {spec.groups}. "
-            "Choose another rank (for this module alone, use rank_pattern) or leave the module out."
-        )
+        text = f"The rank is {r}, but a convolution with {spec.groups} groups needs a rank divisible by {spec.groups}."
         raise ConfigError(text, what=r, field="r")
     point = (1,) * len(spec.kernel)
     return (r, spec.in_features, *spec.kernel), (spec.out_features, r // spec.groups, *point)

@@ -357,10 +357,7 @@ class ReplacingModule(AdapterModule):
                 output = self.run_alike(alone, some, named)
             if not isinstance(output, Tensor):
                 name = type(output).__name__
-                text = (
-                    f"The output of {self._what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
-                    "adapter separately with `use`."
-                )
+                text = f"The output of {self._what} is a {name}, whose rows cannot be concatenated; `use` one adapter."
                 raise MixedRowsError(text, what=name, field=self._field)
             outputs.append(output)
             indices.append(index)

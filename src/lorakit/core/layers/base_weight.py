@@ -44,10 +44,7 @@ class BaseWeight(StoredWeight):
         for name in adapters:
             variant = variant_named(self.variant[name]) if name in self.r else None
             if variant is not None and isinstance(variant.update, str):
-                text = (
-                    f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: "
-                    f"{variant.update}. Keep it unmerged."
-                )
+                text = f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: {variant.update}."
                 raise MergeError(text, what=name, where=path)
         self._check_place_of_bias(path, adapters)
 
@@ -57,10 +54,7 @@ class BaseWeight(StoredWeight):
         trainer = None if self.old_bias is None else self.old_bias[0]
         other = next((name for name in bringing if trainer not in (None, name)), None)
         if other is not None:
-            text = (
-                f"Adapter {other!r} has its own bias (lora_bias) and cannot be merged, because adapter {trainer!r} "
-                f"trains the base's bias at {path}. Detach {trainer!r} first."
-            )
+            text = f"Adapter {other!r} has lora_bias, but {trainer!r} trains the base's bias at {path}; detach it."
             raise MergeError(text, what=other, where=path, field="lora_bias")
         if bringing and self.original_bias() is None:
             text = (
@@ -83,10 +77,7 @@ class BaseWeight(StoredWeight):
         replaces = options.dense is not None and (base.quantized or self.spec.groups > 1)
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
-            text = (
-                f"dense=True replaces the module at {path}, but adapter {trainer!r} trains its bias in place. Detach "
-                f"{trainer!r} first, or merge with dense=False."
-            )
+            text = f"dense=True replaces the module at {path}, but adapter {trainer!r} trains its bias in place."
             raise MergeError(text, what=trainer, where=path)
 
     def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
@@ -101,10 +92,7 @@ class BaseWeight(StoredWeight):
         """Raise a MergeError if a weight is computed in each forward pass, or if this process has only a part of it."""
         weight = self.source._parameters.get(self.spec.parameter)
         if weight is not None and is_shard(weight):
-            text = (
-                f"{path}: the base is sharded over processes ({type(weight).__name__}), so adapters cannot be merged "
-                "into it. Save the adapter, and merge it in one process."
-            )
+            text = f"{path}: the base is sharded over processes; save the adapter, and merge it in one process."
             raise MergeError(text, what=type(weight).__name__, where=path, field=self.spec.parameter)
         if not self.base.written:
             text = NOT_WRITTEN.format(parameter=self.spec.parameter, type=type(self.owner).__name__)
@@ -245,8 +233,7 @@ class BaseWeight(StoredWeight):
                 total += self.bias_of(name).to(total.dtype) * self.scaling[name]  # type: ignore[union-attr]
             if not bool(torch.isfinite(total).all()):
                 text = (
-                    f"NaNs detected in the merged weights: the bias of B in {', '.join(adapters)} is NaN or infinite. "
-                    "Nothing was changed."
+                    f"NaNs detected in the merged weights: the bias of B in {', '.join(adapters)} is NaN or infinite."
                 )
                 raise MergeError(text, what=", ".join(adapters), field="lora_bias")
             return total.to(old.dtype), old.detach()

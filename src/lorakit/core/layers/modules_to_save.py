@@ -77,10 +77,7 @@ class ModulesToSave(ReplacingModule):
         """Raise a MergeError if several adapters have a copy here, because only one copy can replace the original."""
         here = [name for name in adapters if name in self.modules_to_save]
         if len(here) > 1:
-            text = (
-                f"{here[0]} and {here[1]} each have their own copy of {path} (modules_to_save), and only one copy "
-                "can replace the original. Merge only one of these adapters."
-            )
+            text = f"{here[0]} and {here[1]} each have their own copy of {path} (modules_to_save); merge one of them."
             raise MergeError(text, what=here[1], where=path, field="modules_to_save")
 
     def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
@@ -116,10 +113,7 @@ class ModulesToSave(ReplacingModule):
     def _of(self, route: Route) -> nn.Module:
         copies = [name for name in route.names if name in self.modules_to_save]
         if len(copies) > 1:
-            text = (
-                f"{' and '.join(copies)} are active together, but each has its own copy of this module "
-                "(modules_to_save). Activate only one of them, or route each row to one of them."
-            )
+            text = f"{' and '.join(copies)} are active together, but each has its own copy (modules_to_save); use one."
             raise RouteError(text, what=copies[1], field="modules_to_save")
         copies = copies or [name for name in self.merged_adapters if name in route.names]
         return self.modules_to_save[copies[0]] if copies else self.original_module
@@ -181,11 +175,9 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
     """Reject a bias that merged adapters have changed, because its original value is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
         how = "with a bias of B (lora_bias)" if layer.kept_bias is not None else "with dense=True"
-        text = (
-            f"The bias at {path} cannot be trained while {', '.join(layer.merged_adapters)} is merged there {how}. "
-            "Unmerge first, or set bias='none'."
-        )
-        raise ConfigError(text, what=", ".join(layer.merged_adapters), where=path, field="bias")
+        merged = ", ".join(layer.merged_adapters)
+        text = f"The bias at {path} cannot be trained while {merged} is merged there {how}; unmerge first."
+        raise ConfigError(text, what=merged, where=path, field="bias")
 
 
 def biased_modules(
@@ -211,11 +203,9 @@ def biased_modules(
             # in adapted modules, PEFT trains only parameters named `bias`, not `in_proj_bias` of attention modules
             leaves = tuple(leaf for leaf in names if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
-                text = (
-                    f"{path} is stored as {weight_format_of(module).name}, so its bias is not a parameter and cannot "
-                    "be trained. Set bias='none'."
-                )
-                raise ConfigError(text, what=weight_format_of(module).name, where=path, field="bias")
+                stored = weight_format_of(module).name
+                text = f"{path} is stored as {stored}, so its bias is not a parameter; set bias='none'."
+                raise ConfigError(text, what=stored, where=path, field="bias")
             if leaves:
                 yield f"{path}.{inner}" if inner else path, module, leaves
 
@@ -253,10 +243,7 @@ def trainable_copy(path: str, current: nn.Module) -> nn.Module:
         raise ConfigTypeError(text, what=type(original).__name__, where=path, field="modules_to_save")
     inside = list(original.modules())
     if any(isinstance(module, AdapterModule) for module in inside):
-        text = (
-            f"modules_to_save names {path!r}, which contains modules of another adapter on this model. Change the "
-            "targets of one of the adapters, or load the model twice."
-        )
+        text = f"modules_to_save names {path!r}, which contains modules of another adapter; change the targets of one."
         raise TargetError(text, what=path, where=path, field="modules_to_save")
     duplicate = _plain_copy(original, inside)
     for module in duplicate.modules():

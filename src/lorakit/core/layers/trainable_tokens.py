@@ -143,10 +143,7 @@ class TokenAdapter(nn.Module, TunerLayer):
         shared = self.shared_row(here)
         if shared is not None:
             one, other, index = shared
-            text = (
-                f"{one} and {other} are active together, and both train row {index} of this module's weight "
-                "(trainable_token_indices). Activate only one of them, or route each row of the batch to one of them."
-            )
+            text = f"{one} and {other} are active together, and both train row {index} of this weight; activate one."
             raise RouteError(text, what=other, field="trainable_token_indices")
         return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
 

@@ -105,16 +105,10 @@ def check_invocation(config: LoraConfig, known: Container[int], where: str, leng
     for variant, tokens in invocations_of(config):
         unknown = [token for token in tokens if token not in known]
         if unknown:
-            text = (
-                f"{variant.field} contains {', '.join(map(str, unknown))}, which {where} does not have, so the adapter "
-                "would never act; pass ids of its tokens."
-            )
+            text = f"{variant.field}: {where} does not have the token ids {', '.join(map(str, unknown))}."
             raise ConfigError(text, what=unknown[0], field=variant.field)
         if length is not None and len(tokens) >= length:
-            text = (
-                f"{variant.field} has {len(tokens)} tokens, but rows have at most {length}, so the adapter would never "
-                "act; pass fewer tokens or a larger max_length."
-            )
+            text = f"{variant.field} has {len(tokens)} tokens, but rows have at most {length}, so it would never act."
             raise ConfigError(text, what=len(tokens), field=variant.field)
 
 

@@ -152,10 +152,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     if arrow is None:
         return None
     if config.lora_dropout:
-        text = (
-            f"{path}: lora_dropout is {config.lora_dropout}, but Arrow's router has no separate input to drop. Set "
-            "lora_dropout=0."
-        )
+        text = f"{path}: lora_dropout is {config.lora_dropout}, but Arrow's router has no input to drop; set it to 0."
         raise ConfigError(text, what=config.lora_dropout, where=path, field="lora_dropout")
     setting: dict[str, str | int | float | bool] = {
         "top_k": arrow.top_k,

@@ -75,10 +75,7 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     if blocks is None or not side:
         return None
     if side == "B" and config.lora_bias:
-        text = (
-            f"lora_bias at {path}: a block-diagonal B cannot have a bias. Remove the module from target_modules_bd_b, "
-            "or turn lora_bias off."
-        )
+        text = f"lora_bias at {path}: a block-diagonal B cannot have a bias; turn lora_bias off."
         raise ConfigError(text, where=path, field="lora_bias")
     return {"side": side, "blocks": blocks.nblocks, "path": path}
 

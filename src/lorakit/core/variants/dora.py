@@ -91,10 +91,7 @@ def combined(path: str, addends: Sequence[Addend], reading: Reading) -> Sum:
     total = 1 + torch.stack([one.weight * (gain - 1) for gain, one in zip(gains, addends, strict=True)]).sum(0)
     lost = int((total.abs() < SMALLEST).sum())
     if lost:
-        text = (
-            f"At {path}, the scales of these DoRA adapters cancel out (affected outputs: {lost}), and no DoRA adapter "
-            "can represent the result. Choose other weights."
-        )
+        text = f"At {path}, the scales of the DoRA adapters cancel out (affected outputs: {lost}); use other weights."
         raise AdapterError(text, what=str(lost), where=path)
     products = [addend.product for addend in addends]
     turned = tuple(Product(p.A, p.B * g.view_as(p.B[..., :1])) for p, g in zip(products, gains, strict=True))

@@ -33,10 +33,7 @@ def _shapes(kind: Kind, spec: WeightSpec, r: int, setting: Setting) -> tuple[Sha
     """Return the shapes of A (r, in / g) and B (out, r)."""
     group, path = int(setting["group"]), str(setting["path"])
     if spec.in_features % group:
-        text = (
-            f"{path}: in_features is {spec.in_features}, which is not divisible by qalora_group_size ({group}). Choose "
-            "another size, or leave the module out."
-        )
+        text = f"{path}: in_features is {spec.in_features}, which is not divisible by qalora_group_size ({group})."
         raise ConfigError(text, what=group, where=path, field="qalora_group_size")
     return (r, spec.in_features // group), (spec.out_features, r)
 
