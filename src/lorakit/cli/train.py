@@ -196,13 +196,12 @@ def _run_together(command: Command) -> int:
 def _unreported(cause: BaseException, is_silent: bool) -> int | None:
     """Return the exit code of a process that could not connect if another one tells the reason; else None."""
     from lorakit.errors import RunError
-    from lorakit.train.processes.connecting import BROKEN, UNREACHABLE
 
-    if not isinstance(cause, RunError) or cause.field not in (BROKEN, UNREACHABLE):
+    if not isinstance(cause, RunError) or cause.field not in (launching.BROKEN, launching.UNREACHABLE):
         return None
     if launching.is_started_by_lorakit():
         return launching.LOST
-    return cause.exit_code if is_silent and cause.field == BROKEN else None
+    return cause.exit_code if is_silent and cause.field == launching.BROKEN else None
 
 
 def _reported_elsewhere(cause: BaseException, processes: Processes) -> int | None:

@@ -190,8 +190,8 @@ def finish(run: Run) -> RunResult:
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
         seconds=time.perf_counter() - run.start.started,
-        dtype=run.plan.dtype,
-        plan=dict(run.plan.values),
+        dtype=run.plan.job.dtype,
+        plan=run.plan.estimated.as_dict(),
         untrained_sites=0 if adapter is None else _untrained(run, notes),  # adds a note
         notes=tuple(notes),
         printed=len(run.notes),

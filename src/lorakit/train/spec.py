@@ -251,36 +251,28 @@ def schedule(settings: TrainSettings, total_steps: int) -> Schedule:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Precision, batch size, recomputation and estimated cost of a run.
+    """The plan of a run: precision, batch size, recomputation and estimated cost.
 
     Attributes:
-        dtype: Precision of the base: "bfloat16", "float16" or "float32".
-        recompute: What the backward pass recomputes: a value in `lorakit.plan.job.RECOMPUTED`.
-        accumulation: Number of batches per step.
-        values: The plan as plain JSON values.
-        proposed: Plans that should fit into the limit of `--fit`, fastest first; empty if nothing is left to choose.
-        is_tight: Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept.
+        limit: The setting `fit`.
+        proposed: Plans that should fit into the limit, fastest first; empty if nothing is left to choose.
+        dtype_reason: Why the base has the precision of the plan.
     """
 
-    dtype: str
-    recompute: str
-    batch_rows: int
-    accumulation: int
     estimated: plan.Plan
-    values: Mapping[str, Any]
-    proposed: tuple[plan.Plan, ...] = ()
-    is_tight: bool = False
+    limit: str | None = None
+    proposed: Sequence[plan.Plan] = ()
     dtype_reason: str = ""
 
-    @classmethod
-    def of(
-        cls, estimated: plan.Plan, limit: str | None = None, proposed: Sequence[plan.Plan] = (), dtype_reason: str = ""
-    ) -> RunPlan:
-        """Return what a run needs of a plan; `limit` is the setting `fit`."""
-        job = estimated.job
-        is_tight = limit is not None and needed_bytes(estimated) > ROOMY * plan.bytes_of(limit)
-        sizes = job.dtype, job.recompute, job.batch_rows, job.accumulation
-        return cls(*sizes, estimated, estimated.as_dict(), tuple(proposed), is_tight, dtype_reason)
+    @property
+    def job(self) -> plan.Job:
+        """The planned job, with the choices of the plan."""
+        return self.estimated.job
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the planned peak is so close to the limit of `--fit` that freed memory must not be kept."""
+        return self.limit is not None and needed_bytes(self.estimated) > ROOMY * plan.bytes_of(self.limit)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def run(settings: TrainSettings, progress: Progress | None = None, processes: Pr
             current = prepare(spec, started)
             if processes.is_first:
                 check_space(spec, current.start.space)
-                if padded := padding_line(current.loaded.acceleration, current.plan.estimated.job):
+                if padded := padding_line(current.loaded.acceleration, current.plan.job):
                     progress.say(padded)
         stack.enter_context(choices.activate(current.loaded.choices))
         stack.callback(lambda: current.trackers.close(current.status))

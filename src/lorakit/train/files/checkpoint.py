@@ -19,12 +19,12 @@ import platform
 import random
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
@@ -43,7 +43,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
     Returns:
         A dict of 1-D uint8 tensors (with keys such as "torch", "cuda/0" and "mps"), and a dict of plain values (with
-        the keys "python" and, if numpy has been imported, "numpy").
+        the keys "python" and "numpy").
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -51,12 +51,9 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if torch.backends.mps.is_available():
         tensors["mps"] = torch.mps.get_rng_state()
     version, words, gauss = random.getstate()
-    plain: dict[str, Any] = {"python": [version, list(words), gauss]}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        name, keys, *rest = numpy.random.get_state()
-        plain["numpy"] = [name, keys.tolist(), *(float(r) if isinstance(r, float) else int(r) for r in rest)]
-    return tensors, plain
+    name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    numbers = [float(one) if isinstance(one, float) else int(one) for one in rest]
+    return tensors, {"python": [version, list(words), gauss], "numpy": [name, keys.tolist(), *numbers]}
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
@@ -70,10 +67,9 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
         torch.mps.set_rng_state(tensors["mps"])
     version, words, gauss = plain["python"]
     random.setstate((version, tuple(words), gauss))
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and "numpy" in plain:
+    if "numpy" in plain:  # checkpoints of earlier versions may lack it
         name, keys, *rest = plain["numpy"]
-        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
 def environment(

@@ -256,7 +256,7 @@ class Loop:
         """Return advice for a loss or gradient that is not finite, `usual` unless the base is in fp16."""
         if type(cause) is not NonFiniteError:
             return ""
-        return ADVICE if self._run.plan.dtype == HALF else usual
+        return ADVICE if self._run.plan.job.dtype == HALF else usual
 
     def _warn_without_gradient(self) -> None:
         received = received_gradients(self._run.loaded.model, ADAPTER, self._run.updates.optimizer)

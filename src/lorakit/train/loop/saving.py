@@ -47,7 +47,7 @@ def _write_checkpoint(run: Run, random: Sequence[checkpoint.RandomState]) -> Pat
         optimizer=state_tensors(run.updates.optimizer, run.updates.named),
         random=random,
         environment=checkpoint.environment(
-            spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.loaded.choices)
+            spec.device, run.plan.job.dtype, spec.quantization_values, choices.to_strings(run.loaded.choices)
         ),
         schedule=dataclasses.asdict(run.updates.schedule),
         scaler=scaler_state(run.updates.scaler),
@@ -166,7 +166,7 @@ def adapter_metadata(run: Run) -> dict[str, Any]:
             "columns": {**spec.settings.columns, **run.batches.train_report.columns},
             "max_length": spec.forecast.max_length,
             "seed": spec.settings.seed,
-            "dtype": run.plan.dtype,
+            "dtype": run.plan.job.dtype,
             "quantization": spec.quantization_values,
             **(
                 {} if run.loaded.int8 is None else {"base_matmul": {"name": spec.base_matmul, **run.loaded.int8.record}}

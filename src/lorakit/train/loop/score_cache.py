@@ -61,7 +61,7 @@ def key_of(run: Run) -> str | None:
         "packed": run.loaded.acceleration is not None and run.loaded.acceleration.packs,
     }
     quantization, kernels = run.spec.quantization_values, choices.to_strings(run.loaded.choices)
-    here = environment(run.spec.device, run.plan.dtype, quantization, kernels)
+    here = environment(run.spec.device, run.plan.job.dtype, quantization, kernels)
     return start_key(EVALUATIONS, run.loaded.model, run.spec, here, facts, run.updates.named, held_out())
 
 

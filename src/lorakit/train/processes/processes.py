@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 import torch
 
 from lorakit.errors import LorakitError, RunError, UsageError, describe
-from lorakit.train.processes.launching import PATIENCE, PROCESS_ENDED, Launched, job_of, restarts_of
+from lorakit.train.processes.launching import PATIENCE, PROCESS_ENDED, Launched, connect, job_of, restarts_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -300,8 +300,6 @@ def joined(seconds: float = PATIENCE) -> Iterator[Processes]:
             what=launched.count,
             field="WORLD_SIZE",
         )
-    from lorakit.train.processes.connecting import connect
-
     processes.store = connect(launched, seconds)
     try:
         _agree(processes)

@@ -119,7 +119,7 @@ def fit_plan(
     loader = batches.loader
     longest = longest_rows(batches.parts, loader.batch_rows * limits.accumulation)
     probe = Probe(loaded.model, updates.named, longest, loader.pad_id, loaded.choices, spec.task)
-    now, current = plan.recompute, loaded.acceleration
+    now, current = plan.job.recompute, loaded.acceleration
 
     def measure(candidate: Plan) -> int:
         nonlocal now, current
@@ -130,7 +130,7 @@ def fit_plan(
                 _disable_checkpointing(probe.model)
             now = candidate.job.recompute
             current = arrange(probe.model, now, spec)
-        job, plan_of_job = candidate.job, RunPlan.of(candidate, spec.settings.fit)
+        job, plan_of_job = candidate.job, RunPlan(candidate, spec.settings.fit)
         peak = probe.peak_bytes(job.batch_rows, job.accumulation > 1, step_options(spec, plan_of_job, current))
         return max(spec.processes.exchange(peak))
 
@@ -138,7 +138,7 @@ def fit_plan(
     with working("measuring memory"):
         fitting_plan, used = settle(plan.proposed, limit, measure)
     spec.progress.say(describe(fitting_plan, limit, used))
-    plan = RunPlan.of(fitting_plan, spec.settings.fit, dtype_reason=plan.dtype_reason)
+    plan = RunPlan(fitting_plan, spec.settings.fit, dtype_reason=plan.dtype_reason)
     return plan, replace(loaded, acceleration=current)
 
 

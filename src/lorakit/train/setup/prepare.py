@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -96,16 +96,18 @@ def _computing(
 ) -> LoadedModel:
     """Choose how an adapted model computes: int8 matmuls, recomputation, fused modules and autotuned kernels."""
     int8 = quantized_run_base(model, spec, loader)
-    acceleration = arrange(model, plan.recompute, spec)
+    acceleration = arrange(model, plan.job.recompute, spec)
     before = resumed.snapshot.environment if resumed.snapshot else None
-    chosen = spec.processes.from_first(lambda: autotuned_choices(spec, plan.dtype, model, acceleration, loader, before))
+    chosen = spec.processes.from_first(
+        lambda: autotuned_choices(spec, plan.job.dtype, model, acceleration, loader, before)
+    )
     return LoadedModel(model, base_bytes if int8 is None else int8.bytes_after, chosen, acceleration, int8)
 
 
 def _same_rows_per_step(limits: RunLimits, batches: RunBatches, plan: RunPlan) -> tuple[RunLimits, RunBatches]:
     """Return the limits and batches of a plan; a step has as many rows as before, which --fit does not change."""
     rows = batches.loader.batch_rows * limits.accumulation
-    return limits.with_accumulation(-(-rows // plan.batch_rows)), batches.with_rows(plan.batch_rows)
+    return limits.with_accumulation(-(-rows // plan.job.batch_rows)), batches.with_rows(plan.job.batch_rows)
 
 
 def _updates(
@@ -114,8 +116,8 @@ def _updates(
     """Return the trainable tensors, which are those of the first process, with their optimizer and schedule."""
     named, optimizer = build_optimizer(model, ADAPTER, spec.settings)
     share_tensors(named, spec.processes)
-    check_named_in_fp32(named, plan.dtype)
-    scaler = loss_scaler(spec.device, plan.dtype, None if snapshot is None else snapshot.scaler)
+    check_named_in_fp32(named, plan.job.dtype)
+    scaler = loss_scaler(spec.device, plan.job.dtype, None if snapshot is None else snapshot.scaler)
     return Updates(named, optimizer, schedule(spec.settings, limits.total_steps), scaler)
 
 
@@ -140,7 +142,7 @@ def _loaded(spec: RunSpec, plan: RunPlan, device: torch.device) -> tuple[nn.Modu
     """Load the model, and add the modules that its files lack to those that the adapter trains and saves in full."""
     stored = spec.settings.stored_as()
     start = None if spec.start is None else [spec.start.adapter.folder]
-    how = hub.LoadOptions(plan.dtype, device, stored, convert_in_files=spec.base_matmul == "int8")
+    how = hub.LoadOptions(plan.job.dtype, device, stored, convert_in_files=spec.base_matmul == "int8")
     loaded = load_model_for(spec.task, spec.source, how, spec.tokenizer, start)
     if start is not None:
         return loaded.model, spec.forecast.config
@@ -229,7 +231,7 @@ def _restored(
         return TrainState(), 0
     batches.loader.load_state(snapshot.state.data)
     kernels = choices.to_strings(loaded.choices)
-    here = checkpoint.environment(spec.device, plan.dtype, spec.quantization_values, kernels)
+    here = checkpoint.environment(spec.device, plan.job.dtype, spec.quantization_values, kernels)
     changed = checkpoint.differences(snapshot.environment, here)
     if changed:
         spec.progress.say(
@@ -255,6 +257,4 @@ def _seed_everything(seed: int) -> None:
     """Seed every global random number generator that training may use."""
     random.seed(seed)
     torch.manual_seed(seed)  # also seeds accelerators
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)

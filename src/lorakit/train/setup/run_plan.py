@@ -79,7 +79,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, data: RunBatches) -> RunPlan:
         spec.progress.say(line)
     for line in (*details, *plan.details(estimated)):
         spec.progress.detail(line)
-    return RunPlan.of(estimated, spec.settings.fit, proposed, reason)
+    return RunPlan(estimated, spec.settings.fit, proposed, reason)
 
 
 def _precision(
