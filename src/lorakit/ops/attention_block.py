@@ -92,8 +92,8 @@ class SelfAttention:
             )
         if self.interleaved and (len(widths) != 1 or q != shared):
             raise ValueError(f"interleaved q, k and v require one fused projection and equal widths; got {widths}")
-        for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
-            size = None if own is None else tuple(own.weight.shape)
+        for name, own_norm, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
+            size = None if own_norm is None else tuple(own_norm.weight.shape)
             if size not in (None, (self.head_dim,), (width,)):
                 raise ValueError(
                     f"{name}: weight must have shape ({self.head_dim},) for one head or ({width},) for all heads; "
@@ -103,8 +103,8 @@ class SelfAttention:
             raise ValueError(f"attention output dropout must be in [0, 1); got {self.dropout}")
         if torch.is_grad_enabled():
             check_frozen(self.projections)
-            for own in (self.norm, self.q_norm, self.k_norm):
-                norm.check_frozen_norm(own)
+            for own_norm in (self.norm, self.q_norm, self.k_norm):
+                norm.check_frozen_norm(own_norm)
 
 
 def attention_block(
@@ -212,16 +212,16 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
     return y, _Intermediates(stats, kept, (q_stats, k_stats), attended, saved, record, (ins, outs))
 
 
-def _normalize(part: Tensor, own: Norm | None) -> tuple[Tensor, Sequence[Tensor]]:
+def _normalize(part: Tensor, own_norm: Norm | None) -> tuple[Tensor, Sequence[Tensor]]:
     """Apply the q or k norm to `part` (B, T, heads, D), per head or per row; return the result and row statistics."""
-    if own is None:
+    if own_norm is None:
         return part, ()
-    n, stats = own.forward(_rows(part, own))
+    n, stats = own_norm.forward(_rows(part, own_norm))
     return n.view(part.shape), stats
 
 
-def _rows(part: Tensor, own: Norm) -> Tensor:
-    return part.reshape(-1, own.weight.numel()).contiguous()
+def _rows(part: Tensor, own_norm: Norm) -> Tensor:
+    return part.reshape(-1, own_norm.weight.numel()).contiguous()
 
 
 _State = tuple[_Form, torch.Size, list[int], linear.Form, linear.Form]
@@ -299,13 +299,13 @@ class _AttentionBlock(torch.autograd.Function):
                 )
             dparts = _back_to_projections(dattended, heads, (q_stats, k_stats), (out, *saved), form)
             del dattended, dlast, read
-            ins, own = Group.unpack(ins_form, inputs), form.block.norm
+            ins, input_norm = Group.unpack(ins_form, inputs), form.block.norm
             flat = None if x is None else rows(x)
-            n = norm.norm_recompute(own, flat, stats) if ins.needs_x else None
-            dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=own is not None and ins.needs_x)
+            n = norm.norm_recompute(input_norm, flat, stats) if ins.needs_x else None
+            dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=input_norm is not None and ins.needs_x)
             if dx is not None:
                 add = dy if form.residual and wanted is None else None
-                dx = norm.norm_backward(own, dx, flat, stats, add)
+                dx = norm.norm_backward(input_norm, dx, flat, stats, add)
                 if form.residual and wanted is not None:
                     dx.index_add_(0, wanted, dy)
                 dx = dx.view(shape)
@@ -335,17 +335,17 @@ def _back_to_projections(
     q, k, v = (operand.transpose(1, 2) for operand in operands)
     kept = (out, saved[1], saved[2])
     attending.backward(dattended.view(shape).transpose(1, 2), (q, k, v), kept, pattern, (dq, dk, dv))
-    for grad, raw, own_stats, own in zip(by_head[:2], heads, stats, owns, strict=False):
+    for grad, raw, own_stats, own_norm in zip(by_head[:2], heads, stats, owns, strict=False):
         if rope is not None:
             rotary.rotate_back_(grad, rope)
-        if own is not None:
-            grad.copy_(own.backward(_rows(grad, own), _rows(raw, own), own_stats).view(grad.shape))
+        if own_norm is not None:
+            grad.copy_(own_norm.backward(_rows(grad, own_norm), _rows(raw, own_norm), own_stats).view(grad.shape))
     return gradients
 
 
-def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
+def _as_attended(part: Tensor, stats: Sequence[Tensor], own_norm: Norm | None, form: _Form) -> Tensor:
     """Return q, k or v (B, T, heads, D) as attention received it, with its own norm and the rotation recomputed."""
-    if own is None:
+    if own_norm is None:
         return part
-    n = own.recompute(_rows(part, own), stats).view(part.shape)
+    n = own_norm.recompute(_rows(part, own_norm), stats).view(part.shape)
     return n if form.rope is None else rotary.rotated(n, form.rope)

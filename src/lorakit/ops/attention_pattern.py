@@ -92,8 +92,8 @@ class Pattern:
             ValueError: Segments do not sum to T, a value is out of range, or bias or sinks do not fit or are trained.
         """
         if self.segments is not None and (sum(self.segments) != q.shape[2] or min((*self.segments, q.shape[2])) < 1):
-            given = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
-            raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {given}")
+            lengths = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
+            raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {lengths}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, or None; got {self.window}")
         if self.softcap is not None and not self.softcap > 0:

@@ -155,10 +155,10 @@ def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
         more = more.neg_().log1p_().mul_(1 / math.log1p(-p)).to(whole)
         more[0 if len(steps) else 1 :].add_(1)
         steps = torch.cat([steps, more]) if len(steps) else more
-        found = steps.cumsum(0)
-        within = int(torch.searchsorted(found, count))
-        if within < len(found):
-            return found[:within]
+        ends = steps.cumsum(0)
+        within = int(torch.searchsorted(ends, count))
+        if within < len(ends):
+            return ends[:within]
 
 
 def _check_probability(p: float) -> None:

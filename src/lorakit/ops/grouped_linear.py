@@ -196,8 +196,8 @@ def _backward(ctx: Context[_State], dy: Tensor) -> tuple[Tensor | None, ...]:
     linear = form.linear
     dx = dy.new_empty(len(dy), flat[0].shape[2] if linear is None else linear.in_features) if needs[0] else None
     grads = [
-        torch.zeros_like(factor, dtype=own.dtype) if needed else None
-        for factor, own, needed in zip(flat, factors, needs[3:], strict=True)
+        torch.zeros_like(factor, dtype=of_caller.dtype) if needed else None
+        for factor, of_caller, needed in zip(flat, factors, needs[3:], strict=True)
     ]
     for group, rows, more in _groups(dy, form.counts):
         if dx is not None and linear is not None:

@@ -236,8 +236,8 @@ def _added(
     """Return u·(q·Q)·g plus `partial`, which may be overwritten, in fp32 (N, in)."""
     matmuls = _matmuls(kernels, dtype, q, weight)
     if matmuls is None and (kernels is None or kernels.int8 is None):
-        made = _integer_matmul(q, weight.q).float() * u[:, None] * weight.gain
-        return made if partial is None else partial + made
+        product = _integer_matmul(q, weight.q).float() * u[:, None] * weight.gain
+        return product if partial is None else partial + product
     total = torch.empty(len(q), weight.q.shape[1], dtype=torch.float32) if partial is None else partial
     if matmuls is not None:
         matmuls.int8_matmul_add(q, weight.q, (u, weight.gain), partial, total)

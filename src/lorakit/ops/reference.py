@@ -251,11 +251,11 @@ def _heads(x: Tensor, block: SelfAttention, rope: Rotary | None, drawn: DrawnAtt
     parts = [part.flatten(0, 1) for part in linear(n, block.inputs, *drawn.inputs)]
     owns, saved = (block.q_norm, block.k_norm, None), drawn.heads or (None, None, None)
     heads = []
-    for at, (part, own, value) in enumerate(zip(block.heads(parts, *x.shape[:2]), owns, saved, strict=True)):
-        if own is not None:
+    for at, (part, own_norm, value) in enumerate(zip(block.heads(parts, *x.shape[:2]), owns, saved, strict=True)):
+        if own_norm is not None:
             part = anchored(part, value)
-            part = norm(part.flatten(2).unflatten(-1, (-1, own.weight.numel())), own).view(part.shape)
+            part = norm(part.flatten(2).unflatten(-1, (-1, own_norm.weight.numel())), own_norm).view(part.shape)
         part = part.transpose(1, 2)
         part = part if rope is None or at == 2 else rotary(part, rope)
-        heads.append(part if own is not None or value is None else anchored(part, value.transpose(1, 2)))
+        heads.append(part if own_norm is not None or value is None else anchored(part, value.transpose(1, 2)))
     return heads

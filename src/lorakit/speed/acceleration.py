@@ -114,8 +114,8 @@ class Acceleration:
             self.int8.restore()
 
     def __str__(self) -> str:
-        made = Counter((fused_forward, type(swap.original).__name__) for fused_forward, swap in self.swaps)
-        lines = [f"{count} × {kind}: {fused_forward}" for (fused_forward, kind), count in made.items()]
+        replaced = Counter((fused_forward, type(swap.original).__name__) for fused_forward, swap in self.swaps)
+        lines = [f"{count} × {kind}: {fused_forward}" for (fused_forward, kind), count in replaced.items()]
         rest = Counter((left.kind, left.why) for left in self.skipped)
         lines += [f"{count} × {kind}: unchanged ({why})" for (kind, why), count in rest.items()]
         if self.head is not None and self.head.last is not None:
@@ -167,12 +167,12 @@ def accelerate(
     known = Known(Identities(), known_forwards())
     int8, why_not = _int8_base(model, base_matmul, calibration, keep)
     try:
-        made = accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
+        accelerated = accelerate_known(model, known, logits=logits, keep_feed_forward=keep_feed_forward)
     except BaseException:
         if int8 is not None and keep:
             int8.restore()
         raise
-    return replace(made, int8=int8, int8_skipped=why_not)
+    return replace(accelerated, int8=int8, int8_skipped=why_not)
 
 
 def accelerate_known(model: nn.Module, known: Known, *, logits: bool, keep_feed_forward: bool) -> Acceleration:
@@ -281,17 +281,17 @@ def _probed(model: nn.Module, modules: Mapping[str, nn.Module], known: Known) ->
     ran = attempt(lambda: calls(model, modules_to_record(wanted) | ({} if head is None else {"": head})))
     if isinstance(ran, Exception):
         return ran
-    found, output = ran
-    fast, others = admit(model, wanted, found)
+    recorded, output = ran
+    fast, others = admit(model, wanted, recorded)
     whole = tuple(f"{path}." for path, part in fast.items() if part.fused_forward.whole)
     skipped = [one for one in (*skipped, *others) if not one.path.startswith(whole)]
     logits = getattr(output, "logits", None)
-    made = head_for(head, found[""].output if "" in found else None, logits, model)
-    if not isinstance(made, str):
-        made = known.why_not_model(_inner(model)) or made
-    fused, reason = (None, made) if isinstance(made, str) else (made, "")
+    loss_head = head_for(head, recorded[""].output if "" in recorded else None, logits, model)
+    if not isinstance(loss_head, str):
+        loss_head = known.why_not_model(_inner(model)) or loss_head
+    fused, reason = (None, loss_head) if isinstance(loss_head, str) else (loss_head, "")
     packs = _may_pack(model, fast) and isinstance(logits, Tensor) and keeps_sequences_apart(model, logits)
-    return _Probed(fast, skipped, fused, reason, found, output, packs)
+    return _Probed(fast, skipped, fused, reason, recorded, output, packs)
 
 
 def _probed_in_place(
@@ -312,13 +312,13 @@ def _probed_in_place(
         return packs, None
     inner = _inner(model)
     loss = None if logits else loss_for(inner, probed.head, known)
-    found = [known.identities.of_forward(original_class(inner))]
-    found += [] if last is None else [known.identities.of_forward(type(one)) for one in models_above(last)]
+    relied_on = [known.identities.of_forward(original_class(inner))]
+    relied_on += [] if last is None else [known.identities.of_forward(type(one)) for one in models_above(last)]
     facts: list[Fact] = []
     if isinstance(loss, LossWithoutLogits):
-        found.append(known.identities.of_function(loss.found))
+        relied_on.append(known.identities.of_function(loss.found))
         facts += [(loss.table, loss.name, loss.found)] if loss.name is not None else []
-    probed.head.holds = contract_of_model(inner, found, facts).holds
+    probed.head.holds = contract_of_model(inner, relied_on, facts).holds
     return packs, loss
 
 
@@ -374,8 +374,8 @@ def _installed(
     classes: dict[type[nn.Module], type[nn.Module]] = {}
     swaps = []
     for module, name, _ in plans:
-        made = make_replacement(module, classes)
-        swaps.append((name, Swap(module, made, tuple(holders[id(module)]))))
+        replacement = make_replacement(module, classes)
+        swaps.append((name, Swap(module, replacement, tuple(holders[id(module)]))))
     bounds = [replace(one.bound, module=swap.replacement) for one, (_, swap) in zip(parts, swaps, strict=False)]
     runs = [(bound.accepts, _if_supported(bound.run)) for bound in bounds]
     if probed.head is not None:

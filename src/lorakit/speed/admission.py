@@ -272,19 +272,19 @@ class Known:
 
     def why_not_model(self, model: nn.Module) -> str | None:
         """Return why the source of a model's own `forward`, which is cut short, is not known, or None."""
-        found, kind = self.identities.of_forward(original_class(model)), original_class(model)
-        return self._known(found, kind.__name__, MODEL)
+        identity, kind = self.identities.of_forward(original_class(model)), original_class(model)
+        return self._known(identity, kind.__name__, MODEL)
 
     def why_not_loss(self, function: Callable[..., Any]) -> str | None:
         """Return why the source of a loss function is not known, or None."""
         return self._known(self.identities.of_function(function), "its loss function", LOSS)
 
-    def _known(self, found: Identity, name: str, role: str) -> str | None:
+    def _known(self, identity: Identity, name: str, role: str) -> str | None:
         if self.forwards is None:
             return None
-        if not found.digest:
-            return found.why
-        if self.forwards.knows(found.digest, role):
+        if not identity.digest:
+            return identity.why
+        if self.forwards.knows(identity.digest, role):
             return None
         self.unknown.add(name)
         return f"the source of {name} is not known"
@@ -292,12 +292,12 @@ class Known:
     def _why_not(self, module: nn.Module, role: str) -> str | None:
         if isinstance(module, LoraLayer) or type(module) is Int8Linear:
             return None  # its source is that of lorakit
-        found, name = self.identities.of(module), original_class(module).__name__
-        if not found.digest:
-            return f"{name}: {found.why}"
-        is_looked_up = bool(found.functions) and not is_peft_linear(module)  # peft's own source is in no table
-        unknown = self._known(found, name, role) if is_looked_up else None
-        return unknown or unknown_fields(module, found.fields)
+        identity, name = self.identities.of(module), original_class(module).__name__
+        if not identity.digest:
+            return f"{name}: {identity.why}"
+        is_looked_up = bool(identity.functions) and not is_peft_linear(module)  # peft's own source is in no table
+        unknown = self._known(identity, name, role) if is_looked_up else None
+        return unknown or unknown_fields(module, identity.fields)
 
     def about_release(self) -> str:
         """Return a message if source is unknown because the release of transformers is, or ""."""

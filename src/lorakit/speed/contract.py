@@ -42,11 +42,11 @@ def _live(module: nn.Module, identities: Identities) -> Iterator[FunctionType]:
     return (function for one in _layers(module) for function in identities.of(one).live)
 
 
-def contract_of_model(model: nn.Module, found: Sequence[Identity], facts: Sequence[Fact]) -> Contract:
+def contract_of_model(model: nn.Module, identities: Sequence[Identity], facts: Sequence[Fact]) -> Contract:
     """Collect what the loss without logits relies on: what is partly bypassed, and other dictionary entries."""
-    whole = (*facts, *(fact for one in found for fact in one.facts))
+    whole = (*facts, *(fact for one in identities for fact in one.facts))
     override = (vars(model), "forward", vars(model).get("forward", MISSING))
-    return contract_of((*whole, override), [function for one in found for function in one.live])
+    return contract_of((*whole, override), [function for one in identities for function in one.live])
 
 
 def is_operand(module: nn.Module) -> bool:
@@ -75,11 +75,11 @@ def _of_module(module: nn.Module, identities: Identities) -> Iterator[Fact]:
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Return a module or, for an adapter layer, its innermost base layer; before it, the layers around it from peft."""
-    found = []
+    layers = []
     while is_adapted(module):
-        found += [module] if is_peft_linear(module) else []
+        layers += [module] if is_peft_linear(module) else []
         module = module.get_submodule("base_layer")
-    return [*found, module]
+    return [*layers, module]
 
 
 # ---- adapter layers from lorakit and from peft, which is not imported
@@ -107,10 +107,10 @@ def is_peft_linear(module: nn.Module) -> bool:
 @functools.lru_cache(maxsize=16)  # exceptions are not stored
 def _contract_of_class(kind: type[nn.Module]) -> Contract:
     """Collect what a layer of peft runs; raise Unknown if any source is not available or not that of peft."""
-    found = Identities().of_class(kind)
-    if not found.digest:
-        raise Unknown(found.why)
-    return contract_of(found.facts, found.live)
+    identity = Identities().of_class(kind)
+    if not identity.digest:
+        raise Unknown(identity.why)
+    return contract_of(identity.facts, identity.live)
 
 
 def is_adapted(module: nn.Module) -> bool:

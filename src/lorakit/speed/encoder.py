@@ -152,7 +152,7 @@ def match(module: nn.Module) -> BoundEncoderLayer | str:
     if reason := next((reason for reason in reasons if reason is not None), None):
         return reason
     norms = tuple(bound_norm(attribute_at(module, path)) for path in layout.norms)
-    inner = tuple(held for path, held in holders.items() if path)
+    inner = tuple(child for path, child in holders.items() if path)
     return BoundEncoderLayer(module, layout, bound, block, inner, norms)
 
 

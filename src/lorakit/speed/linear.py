@@ -101,10 +101,10 @@ def peft_operand(module: nn.Module) -> Adapted | None:
         return None
     active, *tables = (getattr(module, name) for name in READ)
     base = module._modules["base_layer"]
-    found = None if base is None or is_watched(base) else frozen_linear(base)
+    operands = None if base is None or is_watched(base) else frozen_linear(base)
     names = [] if module.disable_adapters else [name for name in active if name in tables[0]]
-    if found is None or not names:
-        return found
+    if operands is None or not names:
+        return operands
     if len(names) > 1 or any(_entry(getattr(module, table, None), names[0]) for table in ODD_TABLES):
         return None
     down, up, dropout, scale = (table[names[0]] for table in tables)
@@ -112,7 +112,7 @@ def peft_operand(module: nn.Module) -> Adapted | None:
         return None
     if not isinstance(scale, (int, float)):
         return None
-    return _with_adapter(found, (down.weight, up.weight), float(scale), dropout)
+    return _with_adapter(operands, (down.weight, up.weight), float(scale), dropout)
 
 
 def _entry(table: Mapping[str, Any] | bool | None, name: str) -> bool:

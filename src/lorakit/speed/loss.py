@@ -196,12 +196,12 @@ def head_for(head: nn.Module | None, output: Tensor | None, logits: Tensor | Non
         return "its head is trainable"
     if output is None or not isinstance(logits, Tensor) or output.shape != logits.shape:
         return "its logits are not the output of its head"
-    found, wanted = output.double(), logits.double()
+    predicted, wanted = output.double(), logits.double()
     softcap = getattr(config, "final_logit_softcapping", None)
     if softcap is not None:
-        found = softcap * torch.tanh(found / softcap)
-    scale = float((found * wanted).sum() / (found * found).sum().clamp_min(1e-30))
-    if not agree(scale * found, logits):
+        predicted = softcap * torch.tanh(predicted / softcap)
+    scale = float((predicted * wanted).sum() / (predicted * predicted).sum().clamp_min(1e-30))
+    if not agree(scale * predicted, logits):
         return "its logits are not a function of its head's output alone"
     if torch.equal(output, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
         scale = 1.0
@@ -396,12 +396,12 @@ def loss_for(model: nn.Module, head: Head, known: Known) -> LossWithoutLogits | 
     inputs = inputs_of(model)
     labels = some(inputs["input_ids"], IGNORED)
     options = {} if head.last is None else head.last.keyword(shifted(labels, IGNORED), IGNORED, inputs)
-    own = vars(model).get(OWN_LOSS)
+    own_loss = vars(model).get(OWN_LOSS)
     setattr(model, LOSS, listening)
     try:
         ran = attempt(lambda: [model(**inputs, labels=labels, **more) for more in ([{}, options] if options else [{}])])
     finally:
-        _set_own_loss(model, own)
+        _set_own_loss(model, own_loss)
     if isinstance(ran, Exception):
         return f"a probe of the loss raised {type(ran).__name__}"
     output, of_rows = ran[0], ran[1].loss if options else None

@@ -62,8 +62,8 @@ class BoundNorm(Bound):
 
 def match(module: nn.Module) -> BoundNorm | str:
     """Return the fused `forward` of a norm, or why the module is not a supported norm."""
-    made = _bound(module)
-    return "not a frozen LayerNorm or RMSNorm" if made is None or made.operands() is None else made
+    bound = _bound(module)
+    return "not a frozen LayerNorm or RMSNorm" if bound is None or bound.operands() is None else bound
 
 
 def _bound(module: nn.Module) -> BoundNorm | None:
@@ -80,8 +80,8 @@ def bound_norm(module: nn.Module | None) -> BoundNorm | None:
     """Return the fused `forward` of a norm, or None if there is no module or it is not a supported norm."""
     if type(module) is nn.Identity:
         return BoundNorm(module, "none", 0.0, 0.0)
-    made = None if module is None else match(module)
-    return None if isinstance(made, str) else made
+    bound = None if module is None else match(module)
+    return None if isinstance(bound, str) else bound
 
 
 def bound_norms(module: nn.Module, *names: str) -> list[BoundNorm | None] | None:
@@ -94,9 +94,9 @@ def bound_norms(module: nn.Module, *names: str) -> list[BoundNorm | None] | None
 
 def operands_of(norms: Sequence[BoundNorm | None]) -> list[Norm | None] | None:
     """Return the current operands of norms, with None for a missing norm; None if any norm cannot be fused now."""
-    made = [None if norm is None else norm.operands() for norm in norms]
+    operands = [None if norm is None else norm.operands() for norm in norms]
     is_absent = [norm is None or norm.is_absent for norm in norms]
-    return made if all(one is not None or absent for one, absent in zip(made, is_absent, strict=True)) else None
+    return operands if all(one is not None or absent for one, absent in zip(operands, is_absent, strict=True)) else None
 
 
 def dropout_p(module: nn.Module | None) -> float | None:

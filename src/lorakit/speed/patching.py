@@ -131,9 +131,9 @@ def make_replacement(module: nn.Module, classes: dict[type[nn.Module], type[nn.M
     """
     if type(module) not in classes:
         classes[type(module)] = _subclass(type(module))
-    made = _blank(classes[type(module)])
-    made.__dict__ = module.__dict__
-    return made
+    replacement = _blank(classes[type(module)])
+    replacement.__dict__ = module.__dict__
+    return replacement
 
 
 def may_run(module: nn.Module) -> bool:
@@ -155,14 +155,14 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        made = None
+        output = None
         fused: Fused | None = getattr(self, BOUND, None)  # replicas that torch creates have none
         # a compiler fuses the plain `forward` itself, and `torch.func` transforms cannot enter a fused one
         if fused is not None and not (torch.compiler.is_compiling() or is_traced()):
             x, options = split_call(names, args, kwargs)
             if isinstance(x, Tensor) and fused.accepts(options) and fused.holds():
-                made = fused.run(x, options)
-        return original.forward(self, *args, **kwargs) if made is None else made
+                output = fused.run(x, options)
+        return original.forward(self, *args, **kwargs) if output is None else output
 
     def as_original(self: nn.Module, protocol: int) -> Reduced:  # a class created at runtime cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name != RECOMPUTES}

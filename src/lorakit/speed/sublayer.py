@@ -75,9 +75,9 @@ class BoundSublayer(Bound):
 
     def branches(self, x: Tensor, options: Options, inside: Calls) -> Pairs:
         """Pair the recorded branch (B, T, d) with the branch that the fused `forward` adds to the residual."""
-        (own,) = (inside[path].output for path in self.traced)
+        (recorded,) = (inside[path].output for path in self.traced)
         prepared, _ = self._prepare(x, self.norm.operands(), options, 0.0)
-        return [(None if prepared is None else prepared.run(x, residual=False), own)]
+        return [(None if prepared is None else prepared.run(x, residual=False), recorded)]
 
     def _prepare(
         self, x: Tensor, norm: Norm | None, options: Options, p: float

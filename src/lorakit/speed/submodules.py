@@ -58,9 +58,9 @@ def unknown_attributes(
     """Return a phrase that lists the unknown attributes, children and parameters of a module, or None. An unknown
     setting may have an effect that no probe shows.
     """
-    own = {name for name in vars(module) if not name.startswith("_")} - {"training", *names, *children}
-    held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
-    unknown = sorted(own | (children_of(module).keys() - children) | (held - set(parameters)))
+    attributes = {name for name in vars(module) if not name.startswith("_")} - {"training", *names, *children}
+    tensors = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    unknown = sorted(attributes | (children_of(module).keys() - children) | (tensors - set(parameters)))
     return f"unknown attributes {', '.join(unknown)}" if unknown else None
 
 
@@ -86,8 +86,8 @@ def knows_all(attention: nn.Module, options: Options, read: Collection[str]) -> 
     wants_weights = options.get("output_attentions")
     if wants_weights is None:
         wants_weights = getattr(getattr(attention, "config", None), "output_attentions", False)
-    given = (name for name, value in options.items() if name not in OPTIONAL or not (value is None or value is False))
-    return not wants_weights and all(name in read for name in given)
+    passed = (name for name, value in options.items() if name not in OPTIONAL or not (value is None or value is False))
+    return not wants_weights and all(name in read for name in passed)
 
 
 OPTIONAL = frozenset(

@@ -97,8 +97,8 @@ def cross_entropy(
         above = tl.maximum(most, tl.max(t, 0))
         total = total * tl.exp(most - above) + tl.sum(tl.exp(t - above), 0)
         most = above
-    own = _logits(z + label, label >= 0, scale, cap, CAPPED)
-    tl.store(losses + row, tl.log(total) + (most - own))
+    at_label = _logits(z + label, label >= 0, scale, cap, CAPPED)
+    tl.store(losses + row, tl.log(total) + (most - at_label))
     if GRADIENTS:
         tl.debug_barrier()  # the label's logit must be read before any logit is overwritten
         for begin in range(0, vocabulary, BLOCK):
