@@ -103,11 +103,8 @@ def preconditioned(
         raise ConfigError(text, what=optimizer.__name__, field="optimizer_cls")
     pairs = [] if find_state(model) is None else trained_factors(model)
     if not pairs:
-        raise ConfigError(
-            "The model does not have any trainable lora_A/lora_B parameter pairs, which the preconditioner needs. "
-            "Attach an adapter to linear layers, or unfreeze it.",
-            field="model",
-        )
+        text = "The model does not have any trainable lora_A/lora_B parameter pairs; attach or unfreeze an adapter."
+        raise ConfigError(text, field="model")
     options = {"lr": lr, **options}
     instance = optimizer([p for p in model.parameters() if p.requires_grad], **options)
     instance.register_step_pre_hook(_before_step(pairs, damping))
@@ -119,11 +116,8 @@ def _before_step(
 ) -> Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]:
     def run(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], kwargs.get("closure"))):  # the first one is the optimizer
-            raise ConfigError(
-                "The preconditioned optimizer does not support closures, which would replace the preconditioned "
-                "gradients within a step. Call backward() before step().",
-                field="closure",
-            )
+            text = "The preconditioned optimizer does not support closures; call backward() before step()."
+            raise ConfigError(text, field="closure")
         for pair in pairs:
             precondition(pair, damping)
 

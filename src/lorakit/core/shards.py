@@ -27,6 +27,7 @@ DEEPSPEED_SINCE = "0.16"
 FSDP_1 = "_fsdp_wrapped_module"
 """Name under which FSDP 1 holds the module that it wraps."""
 
+FLAT = "it is a part of a flat buffer of FSDP; pass the outermost FSDP module, or use its summon_full_params."
 EVERY_PROCESS = "call this function in every process at the same point of the program"
 
 
@@ -102,11 +103,7 @@ def completed(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _whole(name: str, tensor: Tensor) -> Tensor:
     if is_flat(tensor):
-        raise _incomplete(
-            name,
-            "it is a part of a flat buffer of FSDP. Pass the outermost FSDP module, or call the function within "
-            "FullyShardedDataParallel.summon_full_params of that module.",
-        )
+        raise _incomplete(name, FLAT)
     if not is_dtensor(tensor):
         return tensor
     try:
@@ -126,7 +123,7 @@ def write(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """
     flat = next((name for name, (parameter, _) in pairs.items() if is_flat(parameter)), None)
     if flat is not None:
-        raise _incomplete(flat, "it is a part of a flat buffer of FSDP; pass the outermost FSDP module.")
+        raise _incomplete(flat, FLAT)
     ordered = sorted(pairs.items())  # processes may have read the values in different orders
     with torch.no_grad():
         for name, (parameter, value) in ordered:

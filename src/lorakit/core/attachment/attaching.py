@@ -296,10 +296,7 @@ def _check_alone(layer: LoraLayer, config: LoraConfig, path: str) -> None:
     if not (init.changes_base or init.needs or is_variant):
         return
     what = variant.title if is_variant else f"init_lora_weights={init.name!r}"
-    text = (
-        f"{what} changes base weights, needs data or concerns the whole model, so one layer alone cannot be given such "
-        "factors. Attach the adapter to the model, or use another init or variant."
-    )
+    text = f"{what} changes base weights, needs data or concerns the whole model; attach the adapter to the model."
     raise ConfigError(text, what=what, where=path or None, field=variant.field if is_variant else "init_lora_weights")
 
 

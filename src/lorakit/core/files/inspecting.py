@@ -170,10 +170,7 @@ def _init(config: LoraConfig) -> Finding | None:
     if known_init(config) is not None:
         return None
     name = str(config.init_lora_weights)
-    text = (
-        f"init_lora_weights is {name!r}, which is unknown and ignored: if that init changes the base, the adapter does "
-        "not work on an unchanged base."
-    )
+    text = f"init_lora_weights is {name!r}, which is unknown and ignored; if it changes the base, the adapter needs it."
     return Finding(INIT, (), name, text)
 
 

@@ -57,11 +57,9 @@ class InitContext:
     def check_ungrouped(self) -> None:
         """Raise a ConfigError if the site is a grouped convolution."""
         if self.spec.groups > 1:
-            text = (
-                f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution with "
-                f"{self.spec.groups} groups. Exclude the module, or set init_lora_weights=True."
-            )
-            raise self.error(text, what=str(self.config.init_lora_weights), field="init_lora_weights")
+            name = self.config.init_lora_weights
+            text = f"init_lora_weights={name!r} does not support a convolution with {self.spec.groups} groups."
+            raise self.error(text, what=str(name), field="init_lora_weights")
 
     def check_rank(self, most: int, requirement: str = "") -> None:
         """Raise a ConfigError, which begins with `requirement`, if the rank exceeds the number of directions."""
@@ -88,11 +86,8 @@ class InitContext:
     def collected(self) -> Mapping[str, Tensor]:
         """Return this site's statistics as a dict from name to tensor (…) on its device, or raise a ConfigError."""
         if self.statistics is None:
-            raise self.error(
-                f"init_lora_weights={self.config.init_lora_weights!r} needs data, but nothing was collected for this "
-                "site. Call lorakit.core.collect_for, and pass the result to attach as `statistics`.",
-                field="init_lora_weights",
-            )
+            text = "nothing was collected for this site; pass the result of lorakit.core.collect_for as `statistics`."
+            raise self.error(text, field="init_lora_weights")
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
 
     def error(self, message: str, *, what: str | int | None = None, field: str | None = None) -> ConfigError:

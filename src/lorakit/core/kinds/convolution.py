@@ -70,11 +70,8 @@ def _in_one_group(W: Tensor, spec: WeightSpec) -> Tensor:
 def _delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta B·A (out, in, k…), computed from A (r, in, k…) and B (out, r, 1…), of one group."""
     if spec.groups > 1:
-        raise MergeError(
-            f"The weight of a convolution with {spec.groups} groups cannot store an update over all input channels. "
-            "Merge with dense=True to convert it to a convolution with one group.",
-            what=str(spec.groups),
-        )
+        text = f"The weight of a convolution with {spec.groups} groups cannot store an update; merge with dense=True."
+        raise MergeError(text, what=str(spec.groups))
     A, B = _flat(spec, A, B)
     return (B @ A).view(spec.out_features, spec.in_features, *spec.kernel)
 

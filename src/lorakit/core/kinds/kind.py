@@ -250,11 +250,8 @@ def _table_specs(module: nn.Embedding) -> tuple[WeightSpec, ...]:
 def _table_delta(spec: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """Return the delta B·A (d, V), computed from A (r, V) and B (d, r), if no max_norm would scale the sum down."""
     if spec.bounded:
-        raise MergeError(
-            "An embedding with max_norm rescales the rows that it looks up; with a merged adapter, it would rescale "
-            "the sum of each row and its update. Keep the adapter unmerged, or remove max_norm.",
-            field="max_norm",
-        )
+        text = "An embedding with max_norm rescales the rows that it looks up, also merged ones; keep it unmerged."
+        raise MergeError(text, field="max_norm")
     return dense_delta(A, B)
 
 

@@ -49,11 +49,8 @@ def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextMa
     if (first is not None and first.is_inference()) == inside:
         return nullcontext()
     if not inside:
-        raise ModelError(
-            f"This {type(model).__name__} was created in torch.inference_mode(), so torch cannot train it or record "
-            "gradients for it. Create or load it outside of inference mode, or use it only in inference mode.",
-            what=type(model).__name__,
-        )
+        text = f"This {type(model).__name__} was created in torch.inference_mode(), so torch cannot train it."
+        raise ModelError(text, what=type(model).__name__)
     return torch.inference_mode(False)
 
 

@@ -52,12 +52,9 @@ class BiasPatch(AdapterComponent):
         if route.rows is None or self.adapter not in route.mentions:
             return old
         if not (isinstance(output, Tensor) and isinstance(old, Tensor)):
-            text = (
-                f"The rows of this batch use different adapters, but a {type(module).__name__} with biases trained by "
-                f"{self.adapter!r} returns a {type(output).__name__}, whose rows cannot be combined. Run "
-                "the rows of each adapter separately with `use`."
-            )
-            raise MixedRowsError(text, what=type(output).__name__, field="bias")
+            kind = type(output).__name__
+            text = f"The rows use different adapters, but a module with biases of {self.adapter!r} returns a {kind}."
+            raise MixedRowsError(text, what=kind, field="bias")
         rows = route.rows_of(output.shape[0])
         if rows is None:
             place = "the output of a module with a trained bias"

@@ -69,11 +69,8 @@ class WeightLayer(LoraLayer):
         if route.rows is None:
             return route
         if len(set(route.rows)) > 1:
-            raise MixedRowsError(
-                f"The rows of this batch use different adapters, but a {self.kind_name} has one weight for all "
-                "rows. Run the rows of each adapter separately with `use`, or do not adapt the module.",
-                what=self.kind_name,
-            )
+            text = f"Rows use different adapters, but a {self.kind_name} has one weight for all rows; `use` one."
+            raise MixedRowsError(text, what=self.kind_name)
         return Route(tuple(filter(None, route.rows[:1])))
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -146,10 +143,7 @@ class WeightLayer(LoraLayer):
 
     def _hidden_input(self, names: list[str]) -> ModelError:
         kind, why = type(self.owner).__name__, self.why_dense()
-        text = (
-            f"lora_dropout of {', '.join(names)} cannot be applied to {self.spec.parameter} of {kind}, because its "
-            f"forward cannot be replaced: {why}. Remove the cause, or set lora_dropout=0."
-        )
+        text = f"lora_dropout cannot be applied to {self.spec.parameter} of {kind}, because {why}."
         return ModelError(text, what=names, where=kind, field="lora_dropout")
 
 

@@ -198,8 +198,5 @@ def _check_not_packed(positions: Tensor | None, visible: Tensor | None) -> None:
     if visible is not None and visible.shape[0] == positions.shape[0]:
         back = back & visible[:, 1:] & visible[:, :-1]
     if bool(back.any()):
-        raise RouteError(
-            "An adapter triggered by invocation tokens starts at their last occurrence in a row, but some rows of "
-            "this batch contain several texts (the position_ids restart). Train without packing.",
-            field="position_ids",
-        )
+        text = "Some rows of this batch contain several texts, but aLoRA acts on the last only; train without packing."
+        raise RouteError(text, field="position_ids")

@@ -110,11 +110,8 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
     if numbers.shape[-1] == rows:
         return numbers
     if rows % numbers.shape[-1]:
-        raise RouteError(
-            "The number of rows with known adapter start positions does not match the batch "
-            f"({numbers.shape[-1]} instead of {rows}). Pass a batch or a cache with the same number of rows.",
-            what=numbers.shape[-1],
-        )
+        text = f"The number of rows with known adapter starts ({numbers.shape[-1]}) does not match the batch ({rows})."
+        raise RouteError(text, what=numbers.shape[-1])
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
 

@@ -93,20 +93,15 @@ class Start:
     def check_rank(self, most: int, title: str) -> None:
         """Raise a ConfigError if the rank exceeds the number of singular values of the base weight that can be used."""
         if self.rank > most:
-            text = (
-                f"{self.path}: {title} requires `r` <= {most} for the singular values of this base weight; r is "
-                f"{self.rank}. Lower r (use rank_pattern to change only this module), or leave the module out."
-            )
+            text = f"{self.path}: {title} requires `r` <= {most} for this base weight, but r is {self.rank}; lower r."
             raise ConfigError(text, what=self.rank, where=self.path, field="r")
 
     def finite_weight(self) -> Tensor:
         """Return the canonical base weight, (out, in) at a dense site; a ConfigError if it is not finite."""
         W = self.read().detach()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
-            raise ConfigError(
-                f"{self.path}: the base weight contains NaN or infinite values and cannot be decomposed.",
-                where=self.path,
-            )
+            text = f"{self.path}: the base weight contains NaN or infinite values and cannot be decomposed."
+            raise ConfigError(text, where=self.path)
         return W
 
 
