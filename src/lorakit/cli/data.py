@@ -68,11 +68,9 @@ def run(
     model = early.check_model(flags.model, flags.revision)
     flags.reading.check()
     flags.labels.check()
-    if flags.max_length is not None:
-        early.check_at_least("max_length", flags.max_length, 2)
+    early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("rows", flags.rows, 0)
-    if flags.task is not None:
-        early.check_choice("task", flags.task, TASK_NAMES)
+    early.check_choice("task", flags.task, TASK_NAMES)
 
     from lorakit import hub
     from lorakit.data import read_split

@@ -88,9 +88,9 @@ def check_new_directory(target: Path) -> None:
         raise UsageError(f"{target}: is not empty and will not be overwritten; pass a new --output-dir.", where=target)
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ConfigError if a setting does not have one of its allowed values."""
-    if value not in allowed:
+def check_choice(name: str, value: str | None, allowed: Sequence[str]) -> None:
+    """Raise ConfigError if a setting is given, but does not have one of its allowed values."""
+    if value is not None and value not in allowed:
         raise ConfigError.of(name, value, allowed=allowed)
 
 
@@ -100,9 +100,9 @@ def check_device(word: str) -> None:
         raise ConfigError.of("device", word, DEVICE_FORM)
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise ConfigError if a setting is below its minimum."""
-    if value < least:
+def check_at_least(name: str, value: int | None, least: int) -> None:
+    """Raise ConfigError if a setting is given, but is below its minimum."""
+    if value is not None and value < least:
         raise ConfigError.of(name, value, f"at least {least}")
 
 

@@ -47,8 +47,7 @@ def run(
     """
     flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
-    if flags.max_length is not None:
-        early.check_at_least("max_length", flags.max_length, 1)
+    early.check_at_least("max_length", flags.max_length, 1)
     early.check_data(flags.data)
     flags.reading.check()
     flags.labels.check()

@@ -103,8 +103,7 @@ def _check(files: list[str], flags: Flags) -> str | None:
     """Check the arguments, and return the name of the base, with its revision, or None if the adapter names it."""
     flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
-    if flags.max_length is not None:
-        early.check_at_least("max_length", flags.max_length, 2)
+    early.check_at_least("max_length", flags.max_length, 2)
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     if files and flags.text:
         raise UsageError("data files and --text were given; pass one of them.", field="text")
@@ -113,8 +112,7 @@ def _check(files: list[str], flags: Flags) -> str | None:
     early.check_data(files)
     flags.reading.check()
     early.check_choice("tag_scheme", flags.tag_scheme, choices_of("tag_scheme"))
-    if flags.task is not None:
-        early.check_choice("task", flags.task, TASK_NAMES)
+    early.check_choice("task", flags.task, TASK_NAMES)
     model = early.check_base(flags.model, flags.base.revision, [flags.adapter] if flags.adapter is not None else [])
     if flags.output_file is not None and flags.output_file.exists():
         text = f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file."

@@ -319,7 +319,7 @@ def score_of(record: Record) -> float:
     label = labeled(record).label
     number = number_of(label)
     if number is None or abs(number) > LARGEST_SCORE:
-        raise unfit(record, _not_a_score(label))
+        raise unfit(record, problem_of(label, "score"))
     return number
 
 
@@ -332,17 +332,14 @@ def number_of(label: Label) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _not_a_score(label: Label) -> str:
-    return f"has the label {label!r}; a score must be a finite number of at most {LARGEST_SCORE:.3g} (float32)"
-
-
 def problem_of(label: Label, kind: Kind) -> str:
     """Return why a label is not of a kind, or ""."""
     if label is None:
         return "has no label"
     if kind == "score":
-        number = number_of(label)
-        return _not_a_score(label) if number is None or abs(number) > LARGEST_SCORE else ""
+        number, limit = number_of(label), f"a finite number of at most {LARGEST_SCORE:.3g} (float32)"
+        is_score = number is not None and abs(number) <= LARGEST_SCORE
+        return "" if is_score else f"has the label {label!r}; a score must be {limit}"
     if kind == "class" and isinstance(label, tuple):
         return "has a list of labels; pass --label-type classes if several classes may apply"
     if kind == "classes" and isinstance(label, float):
