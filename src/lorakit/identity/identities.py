@@ -147,30 +147,31 @@ class Identities:
 
     def of_function(self, function: object) -> Identity:
         """Return what a function from transformers computes."""
-        identity = Identity()
-        try:
-            identity.digest = _digest(_Resolver(nn.Module, identity, self).value("function", function))
-        except Unknown as failed:
-            identity.why = failed.why
-        return identity
+        return self._followed(nn.Module, lambda resolver: [resolver.value("function", function)])
 
     def of_class(self, kind: type[nn.Module]) -> Identity:
         """Return what a module class, not that of a replacement, computes."""
         return self._of(kind, ())
 
     def _of(self, kind: type[nn.Module], stored: tuple[tuple[str, object], ...]) -> Identity:
+        def parts(resolver: _Resolver) -> list[str]:
+            roots = (*ROOTS, *(name for name in OPTIONAL_ROOTS if hasattr(kind, name)))
+            methods = [f"{name}={resolver.method(name)}" for name in roots]
+            return methods + [f"self.{name}={resolver.value(name, value)}" for name, value in stored]
+
         key = (kind, stored)
         if key not in self._known:
-            self._known[key] = identity = Identity()
-            resolver = _Resolver(kind, identity, self)
-            try:
-                parts = [f"{name}={resolver.method(name)}" for name in ROOTS]
-                parts += [f"{name}={resolver.method(name)}" for name in OPTIONAL_ROOTS if hasattr(kind, name)]
-                parts += [f"self.{name}={resolver.value(name, value)}" for name, value in stored]
-                identity.digest = _digest(*parts)
-            except Unknown as failed:
-                identity.why = failed.why
+            self._known[key] = self._followed(kind, parts)
         return self._known[key]
+
+    def _followed(self, kind: type[nn.Module], parts: Callable[[_Resolver], list[str]]) -> Identity:
+        """Return what a class computes, given a function that returns texts of what a resolver has followed."""
+        identity = Identity()
+        try:
+            identity.digest = _digest(*parts(_Resolver(kind, identity, self)))
+        except Unknown as failed:
+            identity.why = failed.why
+        return identity
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -162,7 +162,7 @@ def check_site(index: AdapterIndex, config: LoraConfig, target: TargetWeight) ->
         NotYetSupported: The weight is distributed over processes.
     """
     if config.lora_bias and not takes_values(target.kind):
-        text = f"{target.path}: lora_bias does not support {target.kind.name}; leave it out, or set lora_bias=False."
+        text = f"{target.path}: lora_bias=True is not supported for {target.kind.name}; leave that module out."
         raise ConfigError(text, what=target.kind.name, where=target.path, field="lora_bias")
     check_not_compiled(index, target.outer)
     holder = index.holder(target)

@@ -31,8 +31,8 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 NUMBER = "layer_idx"
 """Attribute with a layer's position, which the key-value cache uses as an index."""
 
-Settings = Mapping[str, int | list[str]]
-"""Values of config fields that depend on the number of layers."""
+Settings = Mapping[str, tuple[int | list[str], int | list[str]]]
+"""Config fields that depend on the number of layers, each with its values before and after replication."""
 
 
 @dataclass
@@ -45,8 +45,6 @@ class Replication:
         attribute: Name of the attribute that holds the list of layers.
         original: The original list of layers.
         stacked: The list of layers after replication.
-        before: Original values of the config fields that depend on the number of layers.
-        after: Values of the same config fields after replication.
         dtype: The dtype of the first layer's first weight when `stacked` was built.
     """
 
@@ -56,13 +54,12 @@ class Replication:
     original: nn.ModuleList
     stacked: nn.ModuleList
     config: object
-    before: Settings
-    after: Settings
+    settings: Settings
     dtype: torch.dtype
 
     def put(self) -> None:
         """Replace the model's original list of layers with the stacked list."""
-        self._set(self.stacked, self.after)
+        self._set(self.stacked, is_replicated=True)
 
     def undo(self) -> None:
         """Restore the original list of layers; the stacked layers must not have adapters."""
@@ -75,13 +72,13 @@ class Replication:
             else:  # the layer was not in the model when other layers were moved or cast
                 now = next(self.stacked.parameters())
                 layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
-        self._set(self.original, self.before)
+        self._set(self.original, is_replicated=False)
         self.stacked.__dict__.pop(REPLICATION, None)
 
-    def _set(self, layers: nn.ModuleList, settings: Settings) -> None:
+    def _set(self, layers: nn.ModuleList, is_replicated: bool) -> None:
         self.holder._modules[self.attribute] = layers
-        for name, value in settings.items():
-            setattr(self.config, name, value)
+        for name, values in self.settings.items():
+            setattr(self.config, name, values[is_replicated])
 
     def untie(self) -> None:
         """Give every copy separate parameters, so that the model can be saved like any other."""
@@ -148,8 +145,8 @@ def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
     stacked.training = original.training
     dtype = next(stacked.parameters()).dtype
     config = getattr(holder, "config", getattr(model, "config", None))
-    before, after = _settings(config, count, order)
-    return Replication(tuple(ranges), holder, attribute, original, stacked, config, before, after, dtype)
+    settings = _settings(config, count, order)
+    return Replication(tuple(ranges), holder, attribute, original, stacked, config, settings, dtype)
 
 
 def _order(ranges: Sequence[tuple[int, int]]) -> list[int]:
@@ -175,17 +172,15 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     raise ConfigError(text, what=type(model).__name__, field="layer_replication")
 
 
-def _settings(config: object, count: int, order: Sequence[int]) -> tuple[Settings, Settings]:
-    """Return the config fields that depend on the number of layers, with values before and after replication."""
-    before: dict[str, int | list[str]] = {}
-    after: dict[str, int | list[str]] = {}
+def _settings(config: object, count: int, order: Sequence[int]) -> Settings:
+    settings: dict[str, tuple[int | list[str], int | list[str]]] = {}
     if getattr(config, "num_hidden_layers", None) == count:
-        before["num_hidden_layers"], after["num_hidden_layers"] = count, len(order)
+        settings["num_hidden_layers"] = count, len(order)
     for name in PER_LAYER:
         value = getattr(config, "__dict__", {}).get(name)
         if isinstance(value, list) and len(value) == count:
-            before[name], after[name] = value, [value[number] for number in order]
-    return before, after
+            settings[name] = value, [value[number] for number in order]
+    return settings
 
 
 def _copy(module: nn.Module, index: int) -> nn.Module:

@@ -162,7 +162,10 @@ def check_overlap(index: AdapterIndex, targets: Sequence[TargetWeight]) -> None:
     for outer in {target.outer for target in targets if target.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
-            text = f"target_parameters names a parameter of {outer}, but {inside} is adapted too; remove one of them."
+            text = (
+                f"target_parameters names a parameter of {outer}, but the submodule {inside} is adapted too; a layer "
+                "around the parent module would hide the submodule. Remove one of the two targets."
+            )
             raise TargetError(text, what=inside, where=outer, field="target_parameters")
     for target in targets:
         if target.child and f"{target.outer}.{target.child}" in taken:

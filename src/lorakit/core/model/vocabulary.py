@@ -309,7 +309,10 @@ def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[in
     table = table_at(index, path)
     weight = table._parameters.get("weight")
     if weight is None or not isinstance(table, (nn.Embedding, nn.Linear)) or not weight.is_floating_point():
-        text = f"trainable_token_indices names {path!r}, not a dense nn.Embedding or nn.Linear."
+        text = (
+            f"trainable_token_indices names {path!r}, a {type(table).__name__}; only rows of an nn.Embedding or an "
+            "nn.Linear head with floating-point weights can be trained."
+        )
         raise TargetError(text, what=type(table).__name__, where=path, field="trainable_token_indices")
     numbers = list(indices)
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
@@ -360,7 +363,10 @@ def _check_free(path: str, index: AdapterIndex, sites: Collection[str], saved: C
         raise TargetError(text, where=path, field="trainable_token_indices")
     module = index.modules[path]
     if path in sites or (module is not table_at(index, path) and not isinstance(module, TrainableTokens)):
-        text = f"trainable_token_indices: another adapter adapts or saves {path}; leave it out, or load another model."
+        text = (
+            f"trainable_token_indices cannot be applied to {path}: an adapter applies LoRA to this module or saves a "
+            "copy of it. Remove it from target_modules or modules_to_save, or load another model."
+        )
         raise TargetError(text, where=path, field="trainable_token_indices")
 
 
@@ -374,5 +380,8 @@ def _check_same_ties(group: ChosenRows, index: AdapterIndex) -> None:
         unadapted = not isinstance(leader, TrainableTokens) and not isinstance(other, TrainableTokens)
         wrong += [] if together or unadapted else [path]
     if wrong:
-        text = f"trainable_token_indices: another adapter ties {wrong[0]} differently; name the same modules."
+        text = (
+            f"trainable_token_indices: another adapter ties the rows of {wrong[0]} differently. Name the same "
+            "modules for both adapters, or load a separate model for each adapter."
+        )
         raise ConfigError(text, where=wrong[0], field="trainable_token_indices")

@@ -152,9 +152,8 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
     if config.layer_replication or replication_of(AdapterIndex.of(model)) is not None:
         raise ConfigError(
             "layer_replication: nothing can be extracted from replicated layers, because several of them share one "
-            "base weight, while the fine-tuned model has a separate weight for each layer. Use the replicated model as "
-            "the base: attach a new adapter with this layer_replication, call merge_and_unload(untie=True), and "
-            "extract without layer_replication.",
+            "base weight. Use a model with separate weights as the base: attach a new adapter with this "
+            "layer_replication, call merge_and_unload(untie=True), and extract without layer_replication.",
             field="layer_replication",
         )
 
