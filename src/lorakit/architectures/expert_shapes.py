@@ -6,16 +6,15 @@ with one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from lorakit.architectures.families import PRE_NORM
 from lorakit.architectures.layouts import BLOCK, DOWN, FUSED
-from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape, Sizes, embeddings, linears, shape_from
+from lorakit.architectures.shapes import HEAD_NORMS, ModelShape, PlainShape, Sizes, decoder, linears
 
 _QKV = PRE_NORM.inputs[0]
 _OUTPUT = PRE_NORM.outputs[0]
-_HEAD_NORMS = PRE_NORM.attention.at(PRE_NORM.attention_modules.norms)
 _ATTENTION = PRE_NORM.attention.inner
 _EXPERTS = f"{BLOCK}.experts"
 
@@ -46,14 +45,14 @@ def mixtral(sizes: ExpertSizes) -> ModelShape:
 
 def qwen3_moe(sizes: ExpertSizes) -> ModelShape:
     """Return the shape of a `Qwen3MoeForCausalLM`: like Mixtral, with a norm on each query and key head."""
-    norms = [PlainShape(path, sizes.head_dim) for path in _HEAD_NORMS]
+    norms = [PlainShape(path, sizes.head_dim) for path in HEAD_NORMS]
     return _shape(sizes, "Qwen3MoeForCausalLM", "qwen3_moe", [*norms, _experts(sizes), _router("gate", sizes)])
 
 
 def olmoe(sizes: ExpertSizes) -> ModelShape:
     """Return the shape of an `OlmoeForCausalLM`: like Mixtral, with norms over all query heads and all key heads."""
     widths = (sizes.hidden, sizes.kv_heads * (sizes.hidden // sizes.heads))
-    norms = [PlainShape(path, width) for path, width in zip(_HEAD_NORMS, widths, strict=True)]
+    norms = [PlainShape(path, width) for path, width in zip(HEAD_NORMS, widths, strict=True)]
     return _shape(sizes, "OlmoeForCausalLM", "olmoe", [*norms, _router("gate", sizes), _experts(sizes)])
 
 
@@ -107,21 +106,9 @@ def _shape(
     """
     d, sizes_by_path = sizes.hidden, linears(PRE_NORM, sizes)
     attention = {path: sizes_by_path[path] for path in (*_QKV, _OUTPUT)}
-    norms = [PlainShape(name, d) for name in PRE_NORM.norms]
-    sites: list[SiteShape] = [*embeddings(d, {"model.embed_tokens": sizes.vocab})]
-    others: list[PlainShape] = []
-    for layer in range(sizes.layers):
-        block, is_dense = f"model.layers.{layer}", layer < sizes.dense_blocks
-        inner: Mapping[str, tuple[int, int]] = (
-            _gated(BLOCK, sizes.dense_intermediate, d)
-            if is_dense
-            else _gated(f"{BLOCK}.shared_experts", sizes.shared_intermediate, d)
-        )
-        for path, features in {**attention, **inner}.items():
-            sites.append(SiteShape(f"{block}.{path}", "Linear", *features, bias=path in biased))
-        in_block = [part for part in parts if not (is_dense and part.experts)]
-        others += [replace(part, path=f"{block}.{part.path}") for part in (*in_block, *norms)]
-    tied_to = "model.embed_tokens" if sizes.tied else None
-    sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to))
-    shape = shape_from(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
+    dense = attention | _gated(BLOCK, sizes.dense_intermediate, d)
+    shared = attention | _gated(f"{BLOCK}.shared_experts", sizes.shared_intermediate, d)
+    blocks = [(dense, [part for part in parts if not part.experts])] * sizes.dense_blocks
+    blocks += [(shared, list(parts))] * (sizes.layers - sizes.dense_blocks)
+    shape = decoder(sizes, architecture, blocks, biased)
     return replace(shape, model_type=model_type, experts_per_token=sizes.experts_per_token)

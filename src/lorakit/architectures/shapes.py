@@ -16,6 +16,7 @@ from lorakit.architectures.layouts import SHARED, Block, block_of
 from lorakit.durable import JsonValue
 from lorakit.errors import ConfigError
 
+HEAD_NORMS = PRE_NORM.attention.at(PRE_NORM.attention_modules.norms)
 ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
 
 
@@ -216,10 +217,10 @@ class Sizes:
 
 def gpt2(sizes: Sizes) -> ModelShape:
     """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019), with Conv1D sites and a tied head."""
-    d, inside = sizes.hidden, linears(GPT2_BLOCK, sizes)
+    d = sizes.hidden
     sites = [
         *embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
-        *_in_blocks("transformer.h", sizes, inside, kind="Conv1D", biased=inside),
+        *_in_blocks("transformer.h", GPT2_BLOCK, sizes, "Conv1D"),
         SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to="transformer.wte"),
     ]
     names = [f"transformer.h.{layer}.{name}" for layer in range(sizes.layers) for name in GPT2_BLOCK.norms]
@@ -229,11 +230,11 @@ def gpt2(sizes: Sizes) -> ModelShape:
 
 def bert(sizes: Sizes) -> ModelShape:
     """Return the shape of a `BertModel` (Devlin et al. 2019): encoder and pooler, without task heads."""
-    d, inside = sizes.hidden, linears(BERT_BLOCK, sizes)
+    d = sizes.hidden
     tables = {"word": sizes.vocab, "position": sizes.positions, "token_type": 2}
     sites = [
         *embeddings(d, {f"embeddings.{name}_embeddings": rows for name, rows in tables.items()}),
-        *_in_blocks("encoder.layer", sizes, inside, biased=inside),
+        *_in_blocks("encoder.layer", BERT_BLOCK, sizes),
         SiteShape("pooler.dense", "Linear", d, d, bias=True),
     ]
     names = [f"encoder.layer.{layer}.{name}" for layer in range(sizes.layers) for name in BERT_BLOCK.norms]
@@ -259,17 +260,31 @@ def qwen3(sizes: Sizes) -> ModelShape:
 def _llama_like(
     sizes: Sizes, architecture: str, *, biased: Collection[str] = (), head_norms: bool = False
 ) -> ModelShape:
-    d, inside = sizes.hidden, linears(PRE_NORM, sizes)
+    norms = [PlainShape(path, sizes.head_dim) for path in (HEAD_NORMS if head_norms else ())]
+    return decoder(sizes, architecture, [(linears(PRE_NORM, sizes), norms)] * sizes.layers, biased)
+
+
+def decoder(
+    sizes: Sizes,
+    architecture: str,
+    blocks: Sequence[tuple[Mapping[str, tuple[int, int]], Sequence[PlainShape]]],
+    biased: Collection[str] = (),
+) -> ModelShape:
+    """Return the shape of a decoder whose modules are named as in Llama.
+
+    `blocks` has, for each block, the (out, in) of its linear modules and its other modules except `PRE_NORM`'s norms;
+    `biased` has the linear modules with a bias. All paths are relative to the block.
+    """
+    d = sizes.hidden
+    norms = [PlainShape(name, d) for name in PRE_NORM.norms]
+    sites, others = embeddings(d, {"model.embed_tokens": sizes.vocab}), list[PlainShape]()
+    for layer, (linear, parts) in enumerate(blocks):
+        block = f"model.layers.{layer}"
+        for path, features in linear.items():
+            sites.append(SiteShape(f"{block}.{path}", "Linear", *features, bias=path in biased))
+        others += [replace(part, path=f"{block}.{part.path}") for part in (*parts, *norms)]
     tied_to = "model.embed_tokens" if sizes.tied else None
-    sites = [
-        *embeddings(d, {"model.embed_tokens": sizes.vocab}),
-        *_in_blocks("model.layers", sizes, inside, biased=biased),
-        SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to),
-    ]
-    of_heads = PRE_NORM.attention.at(PRE_NORM.attention_modules.norms) if head_norms else ()
-    norms = dict.fromkeys(of_heads, sizes.head_dim) | dict.fromkeys(PRE_NORM.norms, d)
-    blocks = [f"model.layers.{layer}" for layer in range(sizes.layers)]
-    others = [PlainShape(f"{block}.{name}", width) for block in blocks for name, width in norms.items()]
+    sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to))
     return shape_from(sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
 
 
@@ -289,19 +304,12 @@ def embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
     return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
 
 
-def _in_blocks(
-    blocks: str,
-    sizes: Sizes,
-    inside: Mapping[str, tuple[int, int]],
-    *,
-    kind: str = "Linear",
-    biased: Collection[str] = (),
-) -> list[SiteShape]:
-    """Return the linear modules of all blocks; `inside` maps paths within a block to (out, in) sizes."""
+def _in_blocks(blocks: str, layout: Block, sizes: Sizes, kind: str = "Linear") -> list[SiteShape]:
+    """Return the linear modules, all with a bias, of all blocks in the module list `blocks`."""
     return [
-        SiteShape(f"{blocks}.{layer}.{name}", kind, *features, bias=name in biased)
+        SiteShape(f"{blocks}.{layer}.{name}", kind, *features, bias=True)
         for layer in range(sizes.layers)
-        for name, features in inside.items()
+        for name, features in linears(layout, sizes).items()
     ]
 
 
