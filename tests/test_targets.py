@@ -11,7 +11,8 @@ import pytest
 
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, NoTargetError, TargetError
-from lorakit.targets import LARGE_RANK, SEVERAL_MODULES, Candidate, first_match, key_fits, names_path, resolve
+from lorakit.targets.patterns import first_match, key_fits, names_path
+from lorakit.targets.resolving import LARGE_RANK, SEVERAL_MODULES, Candidate, resolve
 
 
 def linear(path: str, out: int = 8, size: int = 8, dense: bool = True, kind: str = "Linear") -> Candidate:

@@ -217,9 +217,9 @@ def test_what_is_refused_changes_nothing(wide_model_directory: Path, tmp_path: P
     save_file({**whole, last: whole[last][:, :64].contiguous()}, tmp_path / "model.safetensors")
     refused(ConfigError, r"down_proj.weight has shape \(64, 64\), .* \(64, 128\)", tmp_path)
     model.get_base_model().config._name_or_path = "nobody/nothing"
-    refused(ConfigError, "must be present on disk, but it could not be found: nobody/nothing")
+    refused(ConfigError, "must be present on disk, but it could not be found: .nobody/nothing")
     model.get_base_model().config._name_or_path = ""
-    refused(ConfigError, "must pass the model_path argument that points to the safetensors file")
+    refused(ConfigError, "could not be found: .*Pass model_path")
     merge(model.get_base_model(), "default")
     refused(AdapterError, "is merged at .*unmerge it before replacing its LoRA weights", wide_model_directory)
     odd = adapted(ours, wide_model_directory, r=70)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.targets import first_match
+from lorakit.targets.patterns import first_match
 
 _SEGMENT = st.sampled_from(["a", "b", "ab", "0", "1", "10", "q_proj", "proj", "layers", "mlp"])
 _PATH = st.lists(_SEGMENT, min_size=1, max_size=4).map(".".join)

@@ -16,7 +16,7 @@ from lorakit.errors import ConfigError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate
 from lorakit.plan.flops import matmuls
-from lorakit.targets import SEVERAL_MODULES, match_path
+from lorakit.targets.resolving import SEVERAL_MODULES, match_path
 
 from .zoo import BERT, GPT2, LLAMA, MIXTRAL, OF_VARIANT, T5, TIED, WITHOUT_A_CASE, Specimen, cased
 

@@ -131,8 +131,8 @@ def test_too_late_is_an_error_that_names_who_came_first(imported: str) -> None:
     code = f"import sys, types; sys.modules[{imported!r}] = types.ModuleType({imported!r}); "
     done = interpret(code + "from lorakit.peft import install_as_peft; install_as_peft()")
     assert done.returncode == 1
-    assert f"install_as_peft() was called too late: {imported} is already imported" in done.stderr
-    assert "Call install_as_peft() before importing peft, transformers.trainer, " in done.stderr
+    assert f"install_as_peft() was called too late: {imported}." in done.stderr
+    assert "Call it before importing peft, transformers.trainer, " in done.stderr
 
 
 def test_the_finder_answers_for_peft_alone() -> None:

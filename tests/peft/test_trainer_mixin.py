@@ -144,13 +144,11 @@ def test_a_quantized_base_is_marked_only_while_the_parent_looks(tiny_llama: Any,
 
 
 def test_a_model_without_adapters_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"a LlamaForCausalLM without an adapter; adapt it with lorakit\.get_peft_model"
-    ):
+    with pytest.raises(ConfigError, match=r"a LlamaForCausalLM without an adapter; call get_peft_model"):
         trainer(tiny_llama, tmp_path)
-    with pytest.raises(ConfigError, match="peft_config is a dict and model is a LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match="a dict and a LlamaForCausalLM"):
         trainer(tiny_llama, tmp_path, peft_config={"r": 2})
-    with pytest.raises(ConfigError, match="peft_config is a LoraConfig and model is a str"):
+    with pytest.raises(ConfigError, match="a LoraConfig and a str"):
         trainer("gpt2", tmp_path, peft_config=LoraConfig(**CONFIG))
 
 
@@ -160,7 +158,7 @@ def test_a_frozen_adapter_is_not_trained_in_silence(tiny_llama: Any, tmp_path: P
     base = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter")
     lora = trainer(base, tmp_path)
     assert lora.evaluate()["eval_loss"] > 0
-    with pytest.raises(ConfigError, match="frozen adapters: default"):
+    with pytest.raises(ConfigError, match="Load 'default' with is_trainable=True"):
         lora.train()
     base.set_requires_grad("default")
     lora.train()
@@ -180,7 +178,7 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_llama: Any, tmp_path: Pa
     save_file(held, tmp_path / "less" / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "less" / "lorakit.json").unlink()
     with pytest.raises(
-        RunError, match=r"less: not a checkpoint of this adapter: 1 key\(s\) do not match, such as .*lora_A"
+        RunError, match=r"less: not a checkpoint of this adapter: 1 key\(s\) do not match, e\.g\. .*lora_A"
     ):
         lora._load_from_checkpoint(str(tmp_path / "less"))
 
@@ -194,7 +192,7 @@ def test_deepspeed_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
     class LoraPartitioned(LoraTrainerMixin, Partitioned):
         pass
 
-    with pytest.raises(NotYetSupported, match="deepspeed") as refused:
+    with pytest.raises(NotYetSupported, match="DeepSpeed") as refused:
         trainer(get_peft_model(tiny_llama, LoraConfig(**CONFIG)), tmp_path, kind=LoraPartitioned)
     assert refused.value.what == "deepspeed"
 
@@ -207,9 +205,7 @@ def test_the_mixin_must_stand_before_the_trainer() -> None:
         pass
 
     assert issubclass(Fine, LoraTrainerMixin)
-    with pytest.raises(
-        ConfigError, match=r"Wrong: LoraTrainerMixin must precede .* class Wrong\(LoraTrainerMixin, Trainer\)"
-    ):
+    with pytest.raises(ConfigError, match=r"LoraTrainerMixin must precede .* class Wrong\(LoraTrainerMixin, Trainer\)"):
 
         class Wrong(Trainer, LoraTrainerMixin):
             pass

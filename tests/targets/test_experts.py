@@ -9,7 +9,8 @@ import pytest
 from lorakit.architectures.families import EXPERTS, EXPERTS_BY_TYPE
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import BareParameter, Candidate, note_on_rest, resolve, with_current_names
+from lorakit.targets.experts import note_on_rest, with_current_names
+from lorakit.targets.resolving import BareParameter, Candidate, resolve
 
 LAYERS = (0, 1)
 

@@ -34,10 +34,7 @@ def checked_class(instance: object) -> type:
     is_trainer = frame.f_code.co_name == "__init__" and frame.f_globals.get("__name__", "").startswith("trl.")
     if is_trainer and getattr(sys.modules.get("peft"), "__name__", "") != "lorakit.peft":
         kind, trainer = type(instance).__name__, type(frame.f_locals.get("self")).__name__
-        text = (
-            f"{trainer} does not know this {kind} of lorakit.peft, because TRL was imported with another peft; call "
-            "lorakit.install_as_peft() before importing trl and transformers' trainer."
-        )
+        text = f"{trainer} does not know lorakit.peft's {kind}; call lorakit.install_as_peft() before importing trl."
         raise UsageError(text, what=kind, field="peft_config")
     return type(instance)
 
@@ -48,11 +45,9 @@ def task(value: TaskType | str | None) -> TaskType | None:
         return None if value is None else TaskType(value)
     except ValueError:
         allowed = [word.value for word in TaskType]
-        text = (
-            f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(allowed)}."
-            + did_you_mean(str(value), allowed)
-        )
-        raise ConfigError(text, what=value, field="task_type", allowed=allowed) from None
+        text = f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(allowed)}."
+        meant = did_you_mean(str(value), allowed)
+        raise ConfigError(text + meant, what=value, field="task_type", allowed=allowed) from None
 
 
 def lora(value: Value) -> PeftType:
@@ -141,9 +136,7 @@ def check_inits(config: LoraConfig) -> None:
     """
     settings = config.loftq_config
     if settings is not None and not isinstance(settings, (dict, LoftQConfig)):
-        raise ConfigTypeError(
-            f"`loftq_config` must be a `LoftQConfig`, a dict, or None; {settings!r} was given.", field="loftq_config"
-        )
+        raise ConfigTypeError.of("loftq_config", settings, "a `LoftQConfig`, a dict, or None")
     config.loftq_config = dict(vars(settings) if isinstance(settings, LoftQConfig) else settings or {})
     init = config.init_lora_weights
     if init == "loftq" and not config.loftq_config:
@@ -154,9 +147,8 @@ def check_inits(config: LoraConfig) -> None:
     for word, shown, part in (("eva", "EVA", EvaConfig), ("corda", "CorDA", CordaConfig)):
         field = f"{word}_config"
         if init == word and getattr(config, field) is None:
-            warn_caller(
-                f"`init_lora_weights` is {word!r} but `{field}` is not specified. Using default {shown} config."
-            )
+            text = f"`init_lora_weights` is {word!r} but `{field}` is not specified"
+            warn_caller(f"{text}. Using default {shown} config.")
             setattr(config, field, part())
         elif init != word and getattr(config, field) is not None:
             warn_caller(f"`{field}` specified but will be ignored when `init_lora_weights` is not {word!r}.")
@@ -164,8 +156,7 @@ def check_inits(config: LoraConfig) -> None:
     if moves and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         warn_caller(
             "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified base "
-            "weights: PEFT's `path_initial_model_for_weight_conversion` cannot be used with this combination. "
-            "`lorakit.core.save_adapter` still writes plain LoRA."
+            "weights: this combination excludes PEFT's `path_initial_model_for_weight_conversion`."
         )
 
 
@@ -173,26 +164,20 @@ def check_together(config: LoraConfig) -> None:
     """Raise a ConfigError if a field is set without another that it requires, or together with one that it excludes."""
     of_layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(config, name) is not None]
     if isinstance(config.target_modules, str) and of_layers:
-        raise ConfigError(
-            f"`{of_layers[0]}` cannot be used when `target_modules` is a str. Pass target_modules as a list.",
-            field=of_layers[0],
-        )
+        text = f"`{of_layers[0]}` cannot be used when `target_modules` is a str. Pass target_modules as a list."
+        raise ConfigError(text, field=of_layers[0])
     if config.layers_pattern and config.layers_to_transform is None:
-        raise ConfigError(
-            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.", field="layers_pattern"
-        )
+        text = "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+        raise ConfigError(text, field="layers_pattern")
     if config.use_dora and config.megatron_config:
         raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", field="use_dora")
     if config.lora_bias and config.init_lora_weights not in (True, False):
-        text = (
-            "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
-            f"init_lora_weights={config.init_lora_weights} instead."
-        )
-        raise ConfigError(text, what=config.init_lora_weights, field="lora_bias")
+        text = "The argument lora_bias=True is only supported with init_lora_weights=True or False, got"
+        init = config.init_lora_weights
+        raise ConfigError(f"{text} init_lora_weights={init} instead.", what=init, field="lora_bias")
     if config.lora_bias and config.use_dora:
-        raise ConfigError(
-            "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.", field="lora_bias"
-        )
+        text = "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False."
+        raise ConfigError(text, field="lora_bias")
     if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
         warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it takes effect only in causal models.")
 
@@ -218,8 +203,5 @@ def check_built(config: LoraConfig) -> None:
             raise NotYetSupported(f"{name} is {value!r}, which is not supported yet; use {neutral!r}.", field=name)
     for name, value in config.unknown.items():
         if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
-            raise NotYetSupported(
-                f"{name} is {value!r}: this unknown field, from another PEFT version, seems to change the computation. "
-                "Remove it from the config if it does not.",
-                field=name,
-            )
+            text = f"{name} is {value!r}: this field of another PEFT version seems to change the computation. Remove it"
+            raise NotYetSupported(f"{text} from the config if it does not.", field=name)

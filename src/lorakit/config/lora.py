@@ -56,28 +56,23 @@ NOT_IN_PEFT = frozenset({"use_lora_xs"})
 def config_file(name: str | os.PathLike[str], options: HubOptions = NO_OPTIONS) -> Path:
     """Return the path of an adapter's config file, in a directory or on the Hub, or raise an AdapterFileError."""
     folder = Path(name) / (options.subfolder or "")
-    path = folder / CONFIG_FILE
-    if path.is_file():
-        return path
-    if Path(name).exists() or not looks_like_a_hub_id(name):
-        raise AdapterFileError(
-            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory that contains this file.",
-            where=folder,
-        )
-    try:
-        downloaded = adapter_from_hub(str(name), options, files=[CONFIG_FILE])
-    except ValueError as cause:
-        raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}", where=name) from cause
-    return downloaded / CONFIG_FILE
+    if looks_like_a_hub_id(name) and not Path(name).exists():
+        try:
+            folder = adapter_from_hub(str(name), options, files=[CONFIG_FILE])
+        except ValueError as cause:
+            raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}", where=name) from cause
+    if not (folder / CONFIG_FILE).is_file():
+        text = f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory that contains this file."
+        raise AdapterFileError(text, where=folder)
+    return folder / CONFIG_FILE
 
 
 def _values(path: Path) -> JsonObject:
     """Return the contents of a config file."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise AdapterFileError(
-            f"{path}: contains a {type(values).__name__}; expected a JSON object with the config's fields.", where=path
-        )
+        text = f"{path}: contains a {type(values).__name__}; expected a JSON object with the config's fields."
+        raise AdapterFileError(text, where=path)
     return values
 
 
@@ -101,15 +96,7 @@ class PeftConfigMixin:
         self.peft_version = self.peft_version or API_LEVEL
         self.unknown: dict[str, Any] = {}
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Return False, because LoRA is not a prompt-learning method; kept for compatibility with PEFT."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """Return False, because LoRA is not an adaption-prompt method; kept for compatibility with PEFT."""
-        return False
+    is_prompt_learning = is_adaption_prompt = False  # not fields; programs ask for them
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict, converting nested configs to dicts and omitting process-local settings."""
@@ -140,9 +127,8 @@ class PeftConfigMixin:
         Of PEFT's options, only `auto_mapping_dict` has an effect: it is written as `auto_mapping`.
         """
         if Path(save_directory).is_file():
-            raise ConfigError(
-                f"Provided path ({save_directory}) should be a directory, not a file.", where=save_directory
-            )
+            text = f"Provided path ({save_directory}) should be a directory, not a file."
+            raise ConfigError(text, where=save_directory)
         values = self.as_json()
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
@@ -165,9 +151,8 @@ class PeftConfigMixin:
         """Return the contents of a config file, except for process-local settings; options are ignored, as in PEFT."""
         values = _values(Path(path_json_file))
         if values.pop("runtime_config", None) is not None:
-            warn_caller(
-                f"{path_json_file} contains a `runtime_config` key. This is ignored, because it is process-local."
-            )
+            text = "contains a `runtime_config` key. This is ignored, because it is process-local."
+            warn_caller(f"{path_json_file} {text}")
         return values
 
     @classmethod
@@ -187,10 +172,8 @@ class PeftConfigMixin:
         config = kind(**known)
         if unknown:
             config.unknown = unknown
-            warn_caller(
-                f"Unexpected keyword arguments {sorted(unknown)} for class {kind.__name__}, these are ignored. They "
-                "come from another version of PEFT and are written back when the config is saved."
-            )
+            text = f"Unexpected keyword arguments {sorted(unknown)} for class {kind.__name__}, these are ignored."
+            warn_caller(f"{text} They are written back when the config is saved.")
         return config
 
     @classmethod
@@ -367,16 +350,12 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     An AdapterFileError if the file is missing or damaged, is for a method other than LoRA, or contains an invalid
     value.
     """
-    path = adapter_directory(folder)
+    directory = adapter_directory(folder)
+    path = directory / CONFIG_FILE if directory.is_dir() else directory
     if not path.exists():
-        raise AdapterFileError(
-            f"{path}: directory not found; an adapter is a directory with {CONFIG_FILE}.", where=path
-        )
-    path = path / CONFIG_FILE if path.is_dir() else path
-    if not path.exists():
-        raise AdapterFileError(
-            f"{path.parent}: no {CONFIG_FILE}, so this is not an adapter directory.", where=path.parent
-        )
+        lack = f"no {CONFIG_FILE}, so this is not an adapter" if directory.is_dir() else "directory not found"
+        text = f"{directory}: {lack}; an adapter is a directory with {CONFIG_FILE}."
+        raise AdapterFileError(text, where=directory)
     values = _values(path)
     method = values.get("peft_type", PeftType.LORA.value)
     if method not in (PeftType.LORA.value, *(costs.peft_type for costs in VARIANT_COSTS if costs.peft_type)):

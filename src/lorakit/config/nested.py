@@ -160,12 +160,10 @@ class VeloraConfig(_Typed):
         super().__post_init__()
         _at_least("num_groups", self.num_groups, 0, "should be positive", strict=True)
         _at_least("scale", self.scale, 0, "should be positive", strict=True)
-        if self.init_type not in VELORA_STARTS:
-            once, each, random = VELORA_STARTS
-            text = (
-                f"Unsupported `init_type` {self.init_type!r}. Supported values are {once!r}, {each!r}, and {random!r}."
-            )
-            raise ConfigError(text, what=self.init_type, field="init_type", allowed=VELORA_STARTS)
+        kind, (once, each, random) = self.init_type, VELORA_STARTS
+        if kind not in VELORA_STARTS:
+            text = f"Unsupported `init_type` {kind!r}. Supported values are {once!r}, {each!r}, and {random!r}."
+            raise ConfigError(text, what=kind, field="init_type", allowed=VELORA_STARTS)
 
 
 @dataclass
@@ -232,11 +230,8 @@ class BdLoraConfig(_Typed):
         lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
         if len(sides) == 2 or (self.match_strict and not sides):
-            neither = "neither A nor B block-diagonal patterns"
-            many = "both target_modules_bd_a and target_modules_bd_b" if sides else neither
-            text = f"use_bdlora: {path} matches {many}. List each module in exactly one of the two" + (
-                "." if sides else ", or set match_strict=False to use plain LoRA there."
-            )
+            many = "both A and B" if sides else "neither A nor B"
+            text = f"use_bdlora: {path} matches {many} block-diagonal patterns. List it in one, or unset match_strict."
             raise ConfigError(text, what=path, where=path, field="use_bdlora")
         return "".join(sides)
 

@@ -48,8 +48,7 @@ class VariantCosts:
 
 
 def _blocks(config: LoraConfig, path: str, rank: int, out_features: int, in_features: int) -> int:
-    blocks = config.use_bdlora
-    return 0 if blocks is None else blocks.numbers_saved(path, rank, out_features, in_features)
+    return config.use_bdlora.numbers_saved(path, rank, out_features, in_features) if config.use_bdlora else 0
 
 
 def _side(config: LoraConfig, path: str) -> str:
@@ -61,9 +60,7 @@ def _samples(config: LoraConfig) -> int:
 
 
 VARIANT_COSTS = (
-    VariantCosts(
-        "use_bdlora", _blocks, _side, note="BD-LoRA's block-diagonal factors hold {total:,} fewer values than LoRA's."
-    ),
+    VariantCosts("use_bdlora", _blocks, _side, note="BD-LoRA's factors hold {total:,} fewer values than LoRA's."),
     VariantCosts(
         "use_qalora",
         lambda config, path, rank, out, width: rank * (width // config.qalora_group_size - width),

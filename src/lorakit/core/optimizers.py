@@ -27,7 +27,8 @@ from lorakit.core.model.index import layers
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants import Role, variant_named
 from lorakit.errors import ConfigError
-from lorakit.targets import first_match, unfitting_keys
+from lorakit.targets.patterns import first_match
+from lorakit.targets.resolving import unfitting_keys
 
 RIDGE = 1e-8
 """Added to the diagonal of A·Aᵀ before inversion, as in PEFT, so that a singular matrix becomes invertible."""

@@ -24,7 +24,7 @@ from lorakit.hub.packaged import quiet_transformers
 from lorakit.hub.sources import ModelSource, call_loader, resolve
 from lorakit.hub_cache import offline
 from lorakit.plan import catalogue
-from lorakit.targets import names_path
+from lorakit.targets.patterns import names_path
 
 if TYPE_CHECKING:
     from torch import nn

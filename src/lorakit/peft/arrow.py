@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit import core
@@ -51,7 +52,9 @@ def create_arrow_model(
     """
     general = _general_paths(arrow_config, general_adapter_paths)
     experts = _paths("task_specific_adapter_paths", task_specific_adapter_paths)
-    _check_top_k(arrow_config.top_k, len(experts))
+    if arrow_config.top_k > len(experts):
+        text = f"top_k is {arrow_config.top_k}, but there are {len(experts)} adapter(s). Lower it, or pass more."
+        raise ConfigError(text, what=arrow_config.top_k, field="top_k")
     user = model_adapters.user_model(base_model)
     if model_adapters.configs_of(user):
         raise ConfigError("The model has adapters, which would become experts; unload them.", field="base_model")
@@ -92,27 +95,15 @@ def _unchanged_on_error(user: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_top_k(top_k: int, experts: int) -> None:
-    if top_k > experts:
-        raise ConfigError(
-            f"top_k is {top_k}, but task_specific_adapter_paths has {experts} adapter(s). Lower top_k or pass more "
-            "adapters.",
-            what=top_k,
-            field="top_k",
-        )
-
-
 def _general_paths(arrow_config: ArrowConfig, paths: Sequence[str] | None) -> Sequence[str]:
     if not isinstance(arrow_config, ArrowConfig):
-        raise ConfigTypeError(
-            f"arrow_config must be an ArrowConfig; {arrow_config!r} was given.", what=arrow_config, field="arrow_config"
-        )
+        raise ConfigTypeError.of("arrow_config", arrow_config, "an ArrowConfig")
     return _paths("general_adapter_paths", paths) if arrow_config.use_gks else ()
 
 
 def _paths(field: str, paths: Sequence[str] | None) -> Sequence[str]:
     if isinstance(paths, (str, os.PathLike)):
-        raise ConfigTypeError(f"{field} must be a list of paths; {paths!r} was given.", what=paths, field=field)
+        raise ConfigTypeError.of(field, paths, "a list of paths")
     if not paths:
         why = "to subtract general knowledge (use_gks)" if field.startswith("general") else "as experts"
         raise ConfigError(f"{field} must contain at least one adapter's path, {why}.", field=field)
@@ -136,16 +127,11 @@ def source_of(path: str) -> tuple[str, str | None]:
 def _config(name: str, path: str, subfolder: str | None, **options: Any) -> LoraConfig:
     """Read an adapter's config, and check that its update is s·B·A."""
     config = LoraConfig.from_pretrained(path, options.get("subfolder", subfolder), revision=options.get("revision"))
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{path}: not a LoRA adapter.", what=path, field="peft_type")
+    assert isinstance(config, LoraConfig)  # another method is an error
     field = next((field for field in FEATURES if getattr(config, field)), None)
     if field is not None:
-        raise ConfigError(
-            f"{path}: {field} is set, but Arrow can combine only updates of the form s·B·A.",
-            what=name,
-            where=path,
-            field=field,
-        )
+        text = f"{path}: {field} is set, but Arrow can combine only updates of the form s·B·A."
+        raise ConfigError(text, what=name, where=path, field=field)
     return config
 
 
@@ -154,14 +140,10 @@ def _check_alike(configs: dict[str, LoraConfig]) -> None:
     (reference, first), *others = configs.items()
     for name, config in others:
         for field in ("r", "target_modules", "layers_to_transform", "layers_pattern"):
-            values = [getattr(one, field) for one in (first, config)]
-            if values[0] != values[1]:
-                raise ConfigError(
-                    f"{field} of {name} is {values[1]!r}, but that of {reference} is {values[0]!r}; Arrow's adapters "
-                    "must have the same rank and the same sites.",
-                    what=name,
-                    field=field,
-                )
+            expected, value = getattr(first, field), getattr(config, field)
+            if value != expected:
+                text = f"Arrow's adapters must agree: {field} of {name} is {value!r}, that of {reference} {expected!r}."
+                raise ConfigError(text, what=name, field=field)
 
 
 def _loaded(base_model: nn.Module, sources: dict[str, tuple[str, str | None]], options: dict[str, Any]) -> PeftModel:
@@ -182,23 +164,15 @@ def _targets(model: PeftModel, names: list[str]) -> list[str]:
     Raises:
         ConfigError: Adapters have different sites or shapes, or a site's kind is not supported.
     """
-    found: list[dict[str, tuple[Any, ...]]] = []
-    sites = core.sites(model.get_base_model())
-    for name in names:
-        shapes = {}
-        for site in sites:
-            if name in site.layer.r:
-                factor = site.layer.factor(name)
-                shapes[site.path] = (factor.A.shape, factor.B.shape)
-        found.append(shapes)
-    for name, shapes in zip(names, found, strict=True):
-        different = sorted(path for path in shapes.keys() | found[0].keys() if shapes.get(path) != found[0].get(path))
+    found: dict[str, dict[str, tuple[torch.Size, torch.Size]]] = {name: {} for name in names}
+    for site in core.sites(model.get_base_model()):
+        for name in found.keys() & site.layer.r.keys():
+            factor = site.layer.factor(name)
+            found[name][site.path] = (factor.A.shape, factor.B.shape)
+    first = found[names[0]]
+    for name, shapes in found.items():
+        different = sorted(path for path in shapes.keys() | first.keys() if shapes.get(path) != first.get(path))
         if different:
-            raise ConfigError(
-                f"{name} and {names[0]} have different sites or shapes, such as {different[0]}; Arrow's adapters must "
-                "have the same.",
-                what=name,
-                where=different[0],
-                field="target_modules",
-            )
-    return sorted({path.rpartition(".")[2] for path in found[0]})
+            text = f"Arrow needs the same sites and shapes; {name} and {names[0]} differ at {different[0]}."
+            raise ConfigError(text, what=name, where=different[0], field="target_modules")
+    return sorted({path.rpartition(".")[2] for path in first})

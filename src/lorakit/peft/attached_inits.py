@@ -26,7 +26,7 @@ from lorakit.peft.data_inits import dense_sites
 from lorakit.peft.matching import find_minimal_target_modules
 from lorakit.peft.model import PeftModel
 from lorakit.peft.state_dicts import WRAPPED
-from lorakit.targets import Match
+from lorakit.targets.resolving import Match
 
 CONDENSED_FROM = 20
 """Minimum number of targets for condensing their paths to the fewest suffixes that match them, as in PEFT."""
@@ -50,9 +50,8 @@ def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor],
         ConfigTypeError: `model_input` is not a dictionary.
     """
     if not isinstance(model_input, dict):
-        raise ConfigTypeError(
-            "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary", field="inputs"
-        )
+        text = "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary"
+        raise ConfigTypeError(text, field="inputs")
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
     settings = peft_config.eva_config or EvaConfig()
     if settings.use_label_mask and "labels" in model_input:
@@ -74,11 +73,8 @@ def _tensor(layer_input: LayerInput, layer_name: str) -> Tensor:
     if isinstance(layer_input, (tuple, list)):
         layer_input = layer_input[0]
     if not isinstance(layer_input, Tensor):
-        raise ConfigTypeError(
-            f"unsupported input type {type(layer_input)} for prepare_layer_inputs_fn in layer {layer_name}, please "
-            "provide a custom prepare_layer_inputs_fn",
-            where=layer_name,
-        )
+        text = f"unsupported input type {type(layer_input)} in {layer_name}; pass a custom prepare_layer_inputs_fn"
+        raise ConfigTypeError(text, where=layer_name)
     return layer_input
 
 
@@ -177,14 +173,12 @@ def initialize_lora_eva_weights(
     if not isinstance(model, PeftModel):
         raise ConfigError("model must be a PeftModel", field="model")
     if len(model.active_adapters) > 1:
-        raise ConfigError(
-            "`initialize_lora_eva_weights` currently only works with a single active adapter", field="adapter_name"
-        )
+        text = "`initialize_lora_eva_weights` currently only works with a single active adapter"
+        raise ConfigError(text, field="adapter_name")
     model_adapters.check_exist(model.peft_config, adapter_name)
     if model.peft_config[adapter_name].init_lora_weights != "eva":
-        raise ConfigError(
-            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`", field="init_lora_weights"
-        )
+        text = "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
+        raise ConfigError(text, field="init_lora_weights")
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("dataloader is required if eva_state_dict is not provided", field="dataloader")
@@ -223,18 +217,14 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
         A, width = found[path], here[path].spec.in_features
         variant = here[path].factor(name).variant
         if variant.parts.shapes or variant.parts.start:
-            text = (
-                f"{path}: EVA needs A and B in their standard shapes, and {variant.title} uses other shapes or its own "
-                "values. Use another init."
-            )
+            text = f"{path}: EVA needs A and B in their standard shapes, unlike {variant.title}. Use another init."
             raise ConfigError(text, what="eva", where=path, field=variant.field)
         if A.ndim != 2 or A.shape[1] != width:
             text = f"eva_state_dict: {path} has shape {tuple(A.shape)}; expected (rank, {width})."
             raise ConfigError(text, where=path)
         if not bool(torch.isfinite(A).all()):
-            raise ConfigError(
-                f"eva_state_dict: {path} contains NaN or infinite values. Collect the directions again.", where=path
-            )
+            text = f"eva_state_dict: {path} contains NaN or infinite values. Collect the directions again."
+            raise ConfigError(text, where=path)
     if here and all(path in found and not len(found[path]) for path in here):
         text = f"eva_state_dict assigns rank 0 to every module of adapter {name!r}. Collect the directions again."
         raise ConfigError(text, what=name)
@@ -257,12 +247,8 @@ def _per_layer(given: PrepareLayers, names: list[str]) -> dict[str, PrepareLayer
         return dict.fromkeys(names, given)
     unknown = given.keys() - set(names)
     if unknown:
-        raise ConfigError(
-            "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
-            f"{sorted(unknown)}",
-            field="prepare_layer_inputs_fn",
-            allowed=names,
-        )
+        text = f"prepare_layer_inputs_fn names modules that were not found in the model: {sorted(unknown)}"
+        raise ConfigError(text, field="prepare_layer_inputs_fn", allowed=names)
     return {name: given.get(name) for name in names}
 
 
@@ -300,10 +286,8 @@ def replace_lora_weights_loftq(
     Source: Li et al. 2023 (arXiv:2310.08659), one step of Algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, PeftModel):
-        raise ConfigTypeError(
-            "The passed model does not appear to be a valid PeftModel; create one with get_peft_model.",
-            field="peft_model",
-        )
+        text = "The passed model does not appear to be a valid PeftModel; create one with get_peft_model."
+        raise ConfigTypeError(text, field="peft_model")
     model = peft_model.get_base_model()
     sites = _sites(model, adapter_name)
     source = source_of_folder(_where(model, model_path))
@@ -382,26 +366,17 @@ def _put(values: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _where(model: nn.Module, given: str | PathLike[str] | None) -> Path:
-    if given is None:
-        name = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if not name:
-            raise ConfigError(
-                "The provided model does not appear to be a transformers model or is a local model. In this case, you "
-                "must pass the model_path argument that points to the safetensors file.",
-                field="model_path",
-            )
-        if Path(name).is_dir():
-            return Path(name)
-        from lorakit.hub.sources import downloaded
+    if given is not None:
+        path = Path(given)
+        is_sharded = path.suffix == ".safetensors" and not path.is_file()
+        return path.parent if is_sharded else path
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if name and Path(name).is_dir():
+        return Path(name)
+    from lorakit.hub.sources import downloaded
 
-        found = downloaded(name)
-        if found is None:
-            raise ConfigError(
-                f"The model.safetensors file must be present on disk, but it could not be found: {name} is not "
-                "a directory and is not in the Hub cache. Pass model_path.",
-                what=name,
-                field="model_path",
-            )
-        return found
-    path = Path(given)
-    return path.parent if path.suffix == ".safetensors" and not path.is_file() else path  # the checkpoint is sharded
+    found = downloaded(name) if name else None
+    if found is None:
+        text = f"model.safetensors must be present on disk, but it could not be found: {name!r}. Pass model_path."
+        raise ConfigError(text, what=name, field="model_path")
+    return found

@@ -29,7 +29,7 @@ from lorakit.core.statistics.collecting import collect_inputs, in_mode
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.durable import write_bytes
 from lorakit.errors import AdapterFileError, ConfigError, DataError, warn_caller
-from lorakit.targets import Match
+from lorakit.targets.resolving import Match
 
 DENSE = ("Linear", "Conv1D")
 EIGENS, GRADIENT = "eigens", "_peft_loraga_grad"
@@ -244,11 +244,8 @@ def preprocess_loraga(
         AdapterFileError: The cache is damaged or is a pickle.
     """
     if lora_config.lora_ga_config is None:
-        raise ConfigError(
-            "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
-            "lora_ga_config=LoraGAConfig(...).",
-            field="lora_ga_config",
-        )
+        text = "If you want to use LoRA-GA, please initialize the LoraConfig with lora_ga_config=LoraGAConfig(...)."
+        raise ConfigError(text, field="lora_ga_config")
     modules = _dense(model, lora_config, "lora_ga", "LoRA-GA initialization. It uses the gradients of")[1]
     _check_gradients_exist(modules)
     cache = Cache.of(cache_file)
@@ -275,10 +272,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__), where=path)
         if weight_format_of(module).quantized or hasattr(module, "quant_state"):
-            text = (
-                f"LoRA-GA does not support quantized models. Found quantized module: {path!r}. Preprocess the model "
-                "before quantizing it."
-            )
+            text = f"LoRA-GA does not support quantized modules, such as {path!r}. Preprocess the model before."
             raise ConfigError(text, where=path)
 
 

@@ -22,8 +22,8 @@ from lorakit.core.model.index import COMPILED, AdapterIndex, layers, without_wra
 from lorakit.errors import ConfigError, MergeError, warn_caller
 from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, check_options, warn_of_problems
-from lorakit.peft.state_dicts import WRAPPED, StateDictError
-from lorakit.targets import first_match
+from lorakit.peft.state_dicts import WRAPPED, StateDictError, tensors_of
+from lorakit.targets.patterns import first_match
 
 if TYPE_CHECKING:
     from lorakit.peft.model import PeftModel
@@ -93,35 +93,25 @@ def hotswap_adapter_from_state_dict(
         MergeError: The adapter is merged.
     """
     if adapter_name in AdapterIndex.of(model).merged_adapters():
-        raise MergeError(
-            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
-            "it first with unmerge_adapter().",
-            what=adapter_name,
-        )
-    targets = {without_wrappers(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
+        text = f"Adapter '{adapter_name}' is currently merged into the base weights. Unmerge it before hot-swapping it."
+        raise MergeError(text, what=adapter_name)
+    prefix = f".{parameter_prefix}"
+    targets = {without_wrappers(key): tensor for _, key, tensor in tensors_of(model, adapter_name) if prefix in key}
     given = {without_wrappers(key): tensor for key, tensor in state_dict.items()}
     unexpected = [key for key in given if key not in targets]
     if unexpected:
         text = f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
-        raise StateDictError(text, what=unexpected[0])
-    own = re.compile(rf"(.+)\.{re.escape(parameter_prefix)}[^.]*\.{re.escape(adapter_name)}(\.|$)")
-    sites = {key: found[1] for key in targets if (found := own.match(key))}
-    adapted = {without_wrappers(path): layer for path, layer in layers(model)}
+        raise StateDictError(text, what=unexpected[0], where=unexpected[0])
     for key, tensor in given.items():
-        if sites.get(key) not in adapted:
-            raise StateDictError(
-                f"Hot swapping the adapter did not succeed: {key} is not a LoRA weight of adapter {adapter_name!r}, "
-                "and only LoRA weights can be swapped.",
-                what=key,
-                where=key,
-            )
         _check_fits(key, targets[key], tensor)
+    adapted = {without_wrappers(path): layer for path, layer in layers(model)}
     with torch.no_grad():
-        for key in sites.keys() - given.keys():
+        for key in targets.keys() - given.keys():
             targets[key].zero_()
         for key, tensor in given.items():
-            layer = adapted[sites[key]]
-            path = _pattern_path(sites[key].removeprefix(WRAPPED), layer)
+            site = key.rpartition(prefix)[0]
+            layer = adapted[site]
+            path = _pattern_path(site.removeprefix(WRAPPED), layer)
             rank = first_match(config.rank_pattern, path, config.r)
             alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
             _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))
@@ -137,11 +127,8 @@ def _pattern_path(path: str, layer: LoraLayer) -> str:
 def _check_fits(key: str, target: Tensor, tensor: Tensor) -> None:
     differ = [axis for axis, (a, b) in enumerate(zip(target.shape, tensor.shape, strict=False)) if a != b]
     if target.ndim != tensor.ndim or len(differ) > 1:
-        raise StateDictError(
-            f"Incompatible shapes found for LoRA weights {key}: {tuple(target.shape)} and {tuple(tensor.shape)}. Pad "
-            "all ranks to the largest with prepare_model_for_compiled_hotswap.",
-            where=key,
-        )
+        shapes = f"{tuple(target.shape)} and {tuple(tensor.shape)}"
+        raise StateDictError(f"Incompatible shapes found for LoRA weights {key}: {shapes}.", where=key)
 
 
 def _put(target: Tensor, tensor: Tensor, groups: int) -> None:
@@ -181,11 +168,8 @@ def prepare_model_for_compiled_hotswap(
         _check_compiled(check_compiled)
     found = layers(model)
     if not found:
-        raise ConfigError(
-            "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
-            "the first adapter and before loading the second adapter.",
-            field="model",
-        )
+        text = "No adapter layers found on the model; load the first adapter before preparing the model for others."
+        raise ConfigError(text, field="model")
     for _, layer in found:
         device = layer.base.device(layer.owner, layer.spec.parameter)
         scaling: dict[str, Any] = layer.scaling
@@ -203,10 +187,8 @@ def _check_compiled(check_compiled: str) -> None:
     if check_compiled == "error":
         raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model", field="model")
     if check_compiled == "warn":
-        warn_caller(
-            "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
-            "result in re-compilation, hurting performance. Call the function before compiling the model."
-        )
+        text = "prepare_model_for_compiled_hotswap was called with a model that is already compiled"
+        warn_caller(f"{text}, which will likely result in re-compilation. Call it before compiling the model.")
     elif check_compiled != "ignore":
         text = f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
         raise ConfigError(text, what=check_compiled, field="check_compiled", allowed=("error", "warn", "ignore"))
@@ -215,23 +197,19 @@ def _check_compiled(check_compiled: str) -> None:
 def _pad(layer: LoraLayer, target_rank: int) -> None:
     groups = layer.spec.groups
     if target_rank % groups:
-        raise ConfigError(
+        text = (
             f"Trying to pad a {layer.kind_name} LoRA adapter with groups={groups} to target rank {target_rank}, but "
-            f"the target rank is not divisible by {groups}. Please choose a target rank that is divisible by {groups}.",
-            what=target_rank,
-            field="target_rank",
+            f"the target rank is not divisible by {groups}. Please choose a target rank that is divisible by {groups}."
         )
+        raise ConfigError(text, what=target_rank, field="target_rank")
     for attribute, axis, size in (("lora_A", 0, target_rank), ("lora_B", 1, target_rank // groups)):
         holder = layer._modules.get(attribute)
         for carrier in holder.children() if holder is not None else ():
             weight = carrier.get_parameter("weight")
-            if weight.shape[axis] > size:
-                raise ConfigError(
-                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({weight.shape[axis]}).",
-                    what=target_rank,
-                    field="target_rank",
-                )
+            rank = weight.shape[axis]
+            if rank > size:
+                text = f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger"
+                raise ConfigError(f"{text} ({rank}).", what=target_rank, field="target_rank")
             padded = weight.new_zeros(*weight.shape[:axis], size, *weight.shape[axis + 1 :])
             _fill(padded, weight.detach(), groups if axis == 0 else 1)
             carrier.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)

@@ -43,11 +43,9 @@ def install_as_peft() -> None:
     early = (NAME, *BIND_AT_IMPORT)
     late = [name for name in early if name in sys.modules]
     if late:
-        raise UsageError(
-            f"install_as_peft() was called too late: {', '.join(late)} {'is' if len(late) == 1 else 'are'} already "
-            f"imported and would not use lorakit.peft. Call install_as_peft() before importing {', '.join(early)}.",
-            what=", ".join(late),
-        )
+        names = ", ".join(late)
+        text = f"install_as_peft() was called too late: {names}. Call it before importing {', '.join(early)}."
+        raise UsageError(text, what=names)
     sys.meta_path.insert(0, _Finder())
     importlib.invalidate_caches()
     _clear_lookups()

@@ -19,20 +19,16 @@ from lorakit.core.attachment.attaching import put_fresh_factor, reset_factor
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
-from lorakit.core.variants import Factor, Variant, own_tensors, variant_named
+from lorakit.core.variants import Variant, own_tensors, variant_named
 from lorakit.core.variants.velora import PROJECTION
 from lorakit.errors import NotYetSupported, warn_caller
 from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.utilities import resolve_quantization_backend
 
 
-def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
-    """Return a dict from adapter to a variant-specific value, which is False if the adapter uses another variant."""
-    found: dict[str, object] = {}
-    for name, variant in layer.variant.items():
-        of, value = TABLES_OF_VARIANTS[word]
-        found[name] = variant == of and value(layer.factor(name))
-    return found
+def _velora_initialized(layer: LoraLayer) -> dict[str, bool]:
+    variants = layer.variant.items()
+    return {name: of == "velora" and bool(layer.factor(name).own[PROJECTION].any()) for name, of in variants}
 
 
 def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
@@ -75,11 +71,8 @@ def update_layer(
     put_fresh_factor(layer, adapter_name, config, r, lora_alpha, str(kwargs.get("target_name") or ""))
     layer.set_trained(adapter_name, adapter_name in layer.active_adapters and not config.inference_mode)
     if config.lora_bias and layer.original_bias() is None:
-        warn_caller(
-            f"`lora_bias=True` was passed but the targeted layer of type {type(layer.owner).__name__} has no bias, so "
-            f"adapter {adapter_name!r} cannot be merged there.",
-            PeftWarning,
-        )
+        text = f"`lora_bias=True` was passed but the targeted layer of type {type(layer.owner).__name__} has no bias"
+        warn_caller(f"{text}, so adapter {adapter_name!r} cannot be merged there.", PeftWarning)
 
 
 def _to_base(layer: LoraLayer, adapter_name: str, device: torch.device | None = None) -> None:
@@ -100,6 +93,8 @@ def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
 
 VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "use_rslora": _use_rslora,
+    "use_dora": lambda layer: {name: variant == "dora" for name, variant in layer.variant.items()},
+    "lora_velora_initialized": _velora_initialized,
     "lora_bias": lambda layer: {name: layer.bias_of(name) is not None for name in layer.r},
     "adapter_layer_names": _adapter_layer_names,
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
@@ -119,24 +114,15 @@ METHODS: Mapping[str, Callable[..., object]] = {
 """Implementations of PEFT's methods, keyed by name; each takes the layer as its first argument."""
 
 
-TABLES_OF_VARIANTS: dict[str, tuple[str, Callable[[Factor], bool]]] = {
-    "use_dora": ("dora", lambda factor: True),
-    "lora_velora_initialized": ("velora", lambda factor: bool(factor.own[PROJECTION].any())),
-}
-"""Dict by adapter on PEFT's layers -> its variant, and factor -> entry, which is False for other variants."""
-
-
 class PeftLayerMethods:
     """Stateless lookup of PEFT-only layer attributes and methods."""
 
-    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *TABLES_OF_VARIANTS))
+    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
         """Return a PEFT-only attribute or method of a layer."""
         assert isinstance(layer, LoraLayer)  # only adapted layers call this
-        if word in VALUES:
-            return VALUES[word](layer)
-        return partial(METHODS[word], layer) if word in METHODS else _of_variants(layer, word)
+        return VALUES[word](layer) if word in VALUES else partial(METHODS[word], layer)
 
 
 def answer_as_peft(model: nn.Module) -> None:

@@ -45,12 +45,7 @@ def get_peft_model(
         TargetError: Nothing in the model matches the targets.
         AdapterError: `adapter_name` is invalid.
     """
-    if not isinstance(peft_config, LoraConfig):
-        raise ConfigError(
-            f"peft_config is a {type(peft_config).__name__}; it must be a lorakit LoraConfig.",
-            what=type(peft_config).__name__,
-            field="peft_config",
-        )
+    model_adapters.check_is_lora(peft_config, "peft_config is a {kind}; it must be a lorakit LoraConfig.")
     if isinstance(model, PeftModel):
         peft_config = matching.with_paths_inside(peft_config)
     _warn_of_the_base(model, peft_config, revision)
@@ -86,15 +81,10 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
 def _warn_of_the_base(model: nn.Module, config: LoraConfig, revision: str | None) -> None:
     old, new = config.base_model_name_or_path, getattr(model, "name_or_path", None) or None
     if old is not None and old != new:
-        warn_caller(
-            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. Please ensure that the "
-            "correct base model is loaded when loading this checkpoint."
-        )
+        warn_caller(f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'.")
     if revision is not None and config.revision not in (None, revision):
-        warn_caller(
-            f"peft config has already set base model revision to {config.revision}, overwriting with revision "
-            f"{revision}"
-        )
+        text = f"peft config has already set base model revision to {config.revision}"
+        warn_caller(f"{text}, overwriting with revision {revision}")
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
@@ -120,9 +110,8 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfigMixin:
         ConfigError: `peft_type` is missing or not LORA, or a value is invalid.
     """
     if "peft_type" not in config_dict:
-        raise ConfigError(
-            "The config has no peft_type, so its method is unknown; set peft_type to 'LORA'.", field="peft_type"
-        )
+        text = "The config has no peft_type, so its method is unknown; set peft_type to 'LORA'."
+        raise ConfigError(text, field="peft_type")
     return PeftConfig.from_peft_type(**config_dict)
 
 
@@ -141,12 +130,8 @@ def inject_adapter_in_model(
     Raises:
         ConfigError: `peft_config` is not a LoraConfig or is not valid for the model.
     """
-    if not isinstance(peft_config, LoraConfig):
-        raise ConfigError(
-            f"`inject_adapter_in_model` does not support {getattr(peft_config, 'peft_type', None)} yet; use "
-            "LoraConfig.",
-            field="peft_config",
-        )
+    text = "`inject_adapter_in_model` does not support {method} yet; use LoraConfig."
+    model_adapters.check_is_lora(peft_config, text)
     tuner = LoraModel(model)
     tuner.inject(adapter_name, peft_config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
     return model

@@ -19,7 +19,8 @@ from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrapper
 from lorakit.core.model.target_weights import bare_parameters, matched, model_type_of
 from lorakit.errors import ConfigError, NoTargetError, TargetError, warn_caller
 from lorakit.peft.model_adapters import configs_of, user_model
-from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
+from lorakit.targets.patterns import key_fits, names_path
+from lorakit.targets.resolving import ALL_LINEAR, Candidate, match_path, resolve, targeted_parameters
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -214,11 +215,8 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
         ConfigError: The config uses `target_parameters`, but tensor names do not identify individual parameters.
     """
     if with_targets(config, model).target_parameters:
-        raise ConfigError(
-            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
-            "not supported: inject it without the state_dict.",
-            field="target_parameters",
-        )
+        text = "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`."
+        raise ConfigError(f"{text} Inject it without the state_dict.", field="target_parameters")
     paths = {without_wrappers(key).rsplit(".lora_", 1)[0] for key in keys}
     candidates = AdapterIndex.of(model).candidates
     here = {candidate.path for candidate in candidates} & paths
@@ -259,12 +257,9 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
         there = {(one.path, one.parameter) for one in targeted_parameters(bare, configs[name])}
         shared = {path for path, _ in found} & {path for path, _ in there}
         if any(path in shared for path, _ in found ^ there):
-            raise ConfigError(
-                "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
-                f"parameters, but got {sorted(mine)} for the new adapter and {sorted(theirs)} for adapter '{name}'.",
-                what=name,
-                field="target_parameters",
-            )
+            text = f"{sorted(mine)} and, in {name!r}, {sorted(theirs)}"
+            text = f"target_parameters: all adapters must target the same set of parameters, but got {text}."
+            raise ConfigError(text, what=name, field="target_parameters")
 
 
 def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
@@ -275,23 +270,17 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
     Raises:
         ConfigError: The name is in `modules_to_save` or `trainable_token_indices`.
     """
-    rows = config.trainable_token_indices if isinstance(config.trainable_token_indices, dict) else {}
-    fields = {
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": rows,
-    }
-    field = next((key for key, names in fields.items() if name in (names or ())), None)
+    rows = config.trainable_token_indices if isinstance(config.trainable_token_indices, dict) else ()
+    fields = {"modules_to_save": config.modules_to_save or (), "trainable_token_indices": rows}
+    field = next((key for key, names in fields.items() if name in names), None)
     if field is None:
         return
     index = AdapterIndex.of(model)
     kind = matched(index, with_targets(config, index), allow_partial=True).matches[0].kind
     wrapper = "ModulesToSaveWrapper" if field == "modules_to_save" else "TrainableTokensWrapper"
-    raise ConfigError(
-        f"A {wrapper} cannot be inside a layer.{LAYERS.get(kind, LoraLayer).__name__}, but the adapter's name {name!r} "
-        f"is also the name of a module in {field}. Choose another name for the adapter.",
-        what=name,
-        field=field,
-    )
+    layer = LAYERS.get(kind, LoraLayer).__name__
+    text = f"A {wrapper} cannot be inside a layer.{layer}, but {name!r} is also in {field}. Rename the adapter."
+    raise ConfigError(text, what=name, field=field)
 
 
 def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:

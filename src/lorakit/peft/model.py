@@ -186,12 +186,8 @@ class PeftModel(OverModel):
             AdapterError: `adapter_name` is invalid or already taken.
             TargetError: Nothing in the model matches the targets.
         """
-        if not isinstance(peft_config, LoraConfig):
-            raise ConfigError(
-                "Cannot combine adapters with different peft types. Found LORA and "
-                f"{getattr(peft_config, 'peft_type', type(peft_config).__name__)}.",
-                field="peft_config",
-            )
+        text = "Cannot combine adapters with different peft types. Found LORA and {method}."
+        model_adapters.check_is_lora(peft_config, text)
         if adapter_name in self.peft_config:
             raise AdapterError(f"Adapter with name '{adapter_name}' already exists.", what=adapter_name)
         self.base_model.inject(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -212,8 +208,8 @@ class PeftModel(OverModel):
         irregular = self.base_model.is_partly_disabled()
         if irregular:
             warn_caller(
-                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
-                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
+                "The model contains some adapter layers that are enabled and others that are disabled. After exiting "
+                "the disable_adapter context, all adapters will be enabled"
             )
         try:
             with model_adapters.paused(self.get_base_model()):
@@ -259,10 +255,7 @@ class PeftModel(OverModel):
             DiskError: The files cannot be written; existing files remain intact.
         """
         if not safe_serialization:
-            raise ConfigError(
-                "safe_serialization=False is not supported: lorakit does not write pickle files.",
-                field="safe_serialization",
-            )
+            raise ConfigError.of("safe_serialization", safe_serialization, "True: lorakit does not write pickle files")
         HubOptions.taken_from(kwargs)  # saving needs no download
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():

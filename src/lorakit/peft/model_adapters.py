@@ -72,6 +72,14 @@ def check_exist(
             raise AdapterError(text, what=name, allowed=configs)
 
 
+def check_is_lora(config: object, problem: str) -> None:
+    """Raise a ConfigError unless a config is a LoraConfig; `problem` is formatted with its `kind` and its `method`."""
+    if not isinstance(config, LoraConfig):
+        kind = type(config).__name__
+        text = problem.format(kind=kind, method=getattr(config, "peft_type", kind))
+        raise ConfigError(text, what=kind, field="peft_config")
+
+
 def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
 ) -> None:

@@ -17,7 +17,7 @@ from lorakit.config.types import Value
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported
 from lorakit.hub_cache import HubOptions, local_adapter, tokenizer_folder
 from lorakit.peft.model import PeftModel
-from lorakit.peft.model_adapters import as_names
+from lorakit.peft.model_adapters import as_names, check_is_lora
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
@@ -73,11 +73,8 @@ class _BaseAutoPeftModel:
         folder = local_adapter(pretrained_model_name_or_path, of_hub, has_tokenizer=True)
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
-            raise AdapterFileError(
-                f"{folder}: the config does not name its base model (base_model_name_or_path is null).",
-                where=folder,
-                field="base_model_name_or_path",
-            )
+            text = f"{folder}: the config does not name its base model (base_model_name_or_path is null)."
+            raise AdapterFileError(text, where=folder, field="base_model_name_or_path")
         mapping = found.auto_mapping or {}
         if found.task_type is None:
             allowed = get_default_import_allowlist() if import_allowlist is None else import_allowlist
@@ -99,33 +96,21 @@ class _BaseAutoPeftModel:
 def _other_class(asked: TaskType | None, task: TaskType | str) -> str:
     if asked is None:
         return (
-            "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. (e.g. "
-            f"`AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`; this adapter's is {TaskType(task).value!r})"
+            "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type, which is "
+            f"{TaskType(task).value!r}."
         )
-    wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__ if task else "PeftModel"
-    return (
-        f"Expected target PEFT class: {wanted}, but you have asked for: "
-        f"{MODEL_TYPE_TO_PEFT_MODEL_MAPPING[asked].__name__} make sure that you are loading the correct model for your "
-        "task type."
-    )
+    wanted, given = (MODEL_TYPE_TO_PEFT_MODEL_MAPPING[one].__name__ for one in (task, asked))
+    return f"Expected target PEFT class: {wanted}, but you have asked for: {given}. Use the class of the task."
 
 
 def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None:
     library = str(mapping.get("parent_library", ""))
     if not mapping:
-        raise ConfigError(
-            "Cannot infer the auto class from the config, please make sure that you are loading the correct model for "
-            "your task type.",
-            field="auto_mapping",
-        )
+        text = "Cannot infer the auto class from the config; use the class for the task of the adapter."
+        raise ConfigError(text, field="auto_mapping")
     if not check_import_allowlist(allowed, library):
-        raise ConfigError(
-            f"The auto mapping wants to import '{library}' which is not in the import allowlist. If importing it is "
-            f"safe, specify `import_allowlist=['{library}']` in `from_pretrained()`.",
-            what=library,
-            field="import_allowlist",
-            allowed=allowed,
-        )
+        text = f"The auto mapping wants to import '{library}' which is not in the import allowlist; add it if safe."
+        raise ConfigError(text, what=library, field="import_allowlist", allowed=allowed)
 
 
 class AutoPeftModel(_BaseAutoPeftModel):
@@ -172,12 +157,9 @@ class PeftMixedModel(PeftModel):
     """Wrapper that can have several active adapters; as in PEFT, it cannot be saved."""
 
     def __init__(self, model: nn.Module, peft_config: LoraConfig | None = None, adapter_name: str = "default") -> None:
-        if peft_config is not None and not isinstance(peft_config, LoraConfig):
-            raise ConfigError(
-                f"The provided `peft_type` '{getattr(peft_config, 'peft_type', None)}' is not compatible with the "
-                "`PeftMixedModel`, which supports only LORA adapters.",
-                field="peft_type",
-            )
+        if peft_config is not None:
+            text = "The provided `peft_type` '{method}' is not compatible with the `PeftMixedModel`, which is for LORA."
+            check_is_lora(peft_config, text)
         super().__init__(model, peft_config, adapter_name)
 
     @classmethod
@@ -219,9 +201,8 @@ class PeftMixedModel(PeftModel):
         Raises:
             NotYetSupported: Always.
         """
-        raise NotYetSupported(
-            f"Saving is not supported for {type(self).__name__} (yet); save from a PeftModel.", what=type(self).__name__
-        )
+        name = type(self).__name__
+        raise NotYetSupported(f"Saving is not supported for {name} (yet); save from a PeftModel.", what=name)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> NoReturn:
         """Raise an error, since PEFT does not support this method for this class.
@@ -229,6 +210,5 @@ class PeftMixedModel(PeftModel):
         Raises:
             NotYetSupported: Always.
         """
-        raise NotYetSupported(
-            f"Model card creation is not supported for {type(self).__name__} (yet).", what=type(self).__name__
-        )
+        name = type(self).__name__
+        raise NotYetSupported(f"Model card creation is not supported for {name} (yet).", what=name)

@@ -93,11 +93,8 @@ class LoraFAOptimizer(LoraFA):
         """Perform one optimization step."""
         if not self._warned and any("scaling_factors" not in g and "scaling_factor" in g for g in self.param_groups):
             self._warned = True
-            warnings.warn(
-                "`scaling_factor` is deprecated; pass `scaling_factors` with one value per tensor in the group.",
-                FutureWarning,
-                stacklevel=2,
-            )
+            text = "`scaling_factor` is deprecated; pass `scaling_factors` with one value per tensor in the group."
+            warnings.warn(text, FutureWarning, stacklevel=2)
         return super().step(closure)
 
 
@@ -221,17 +218,10 @@ def _scales(model: nn.Module) -> dict[int, float]:
 def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
     other = [name for name, value in configured.items() if value != given]
     if other:
-        raise ConfigError(
-            f"`use_rslora={given}` was passed to create_lorafa_optimizer, but it is {not given} in the config of "
-            f"{', '.join(map(repr, other))}. Omit the argument; the value in the config is used.",
-            what=given,
-            field="use_rslora",
-        )
-    warnings.warn(
-        "`use_rslora` of create_lorafa_optimizer is deprecated; omit it. The value in the adapter's config is used.",
-        FutureWarning,
-        stacklevel=3,
-    )
+        text = f"`use_rslora={given}` was passed to create_lorafa_optimizer, but it is {not given} in the config of"
+        raise ConfigError(f"{text} {', '.join(map(repr, other))}. Omit the argument.", what=given, field="use_rslora")
+    text = "`use_rslora` of create_lorafa_optimizer is deprecated; omit it. The value in the adapter's config is used."
+    warnings.warn(text, FutureWarning, stacklevel=3)
 
 
 def _keep_embeddings_wide(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:

@@ -56,14 +56,11 @@ TARGET_TABLES = " ".join(
 PENALTY_METHODS: Mapping[str, str] = {"_get_kasa_loss": "kasa_config", "_get_monteclora_loss": "monteclora_config"}
 """Methods of PEFT's `LoraModel` that return a variant's penalty -> the config field that selects the variant."""
 
-_TASKS = (
-    *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
-    *("SequenceClassification", "TokenClassification"),
-)
-AUTO_CLASSES = " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)])
+_TASKS = "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification TokenClassification"
+AUTO_CLASSES = " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS.split())])
 """Names of the classes that load an adapter together with its base."""
 
-TASK_CLASSES = " ".join(f"PeftModelFor{task}" for task in _TASKS)
+TASK_CLASSES = " ".join(f"PeftModelFor{task}" for task in _TASKS.split())
 """Names of the task-specific wrapper classes."""
 
 _CONSTANTS = """
@@ -244,10 +241,8 @@ PATHS: Mapping[str, str] = {
     "tuners.lora.tp_layer": "dispatch_megatron LoraParallelLinear",
     "tuners.lora.torchao": "TorchaoLoraLinear dispatch_torchao",
     "tuners.lora.variants": f"""
-        {HOMES["lorakit.peft.mixed_batches"]} ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant
-        BlockDiagonalLinear DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant
-        KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant
-        VeloraLinearVariant
+        {HOMES["lorakit.peft.mixed_batches"]} {HOMES["lorakit.peft.layer_methods"]} BlockDiagonalLinear
+        MiCAEmbeddingVariant MiCALinearVariant
     """,
     "tuners.lora.velora": """
         _compress_activations _normalize_projection _reconstruct_activations _reshape_to_grouped_subtokens

@@ -37,10 +37,7 @@ class PartialTargetsWarning(PeftWarning, RuntimeWarning):
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        text = (
-            f"{name} belongs to another PEFT method or to PEFT's internals; lorakit implements LoRA with PEFT's "
-            "documented API. Use LoraConfig."
-        )
+        text = f"{name} belongs to another PEFT method or to PEFT's internals. lorakit has only LoRA; use LoraConfig."
         raise NotYetSupported(text, what=name)
 
     refuse.__name__ = name
@@ -74,10 +71,7 @@ def register_peft_method(*, name: str, **_: type | str | bool | None) -> NoRetur
     Raises:
         NotYetSupported: Always.
     """
-    text = (
-        f"The method {name!r} cannot be added; lorakit implements only LoRA, which can be extended through the "
-        "registries in lorakit.core."
-    )
+    text = f"The method {name!r} cannot be added; LoRA can be extended through the registries in lorakit.core."
     raise NotYetSupported(text, what=name)
 
 

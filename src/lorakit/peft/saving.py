@@ -115,12 +115,8 @@ def save_selected(
     configs = configs_of(model)
     chosen = list(configs if selected is None else selected)
     if any(name not in configs for name in chosen):
-        raise ConfigError(
-            "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-            f"{list(configs)} - got {selected}.",
-            field="selected_adapters",
-            allowed=configs,
-        )
+        text = f"You passed an invalid `selected_adapters` arguments: the model has {list(configs)}, got {selected}."
+        raise ConfigError(text, field="selected_adapters", allowed=configs)
     gathers = state_dict is None and is_sharded(model)
     for name in chosen if is_main_process or gathers else ():
         tensors = None
@@ -170,10 +166,7 @@ def save(
                 field="path_initial_model_for_weight_conversion",
             )
         if not str(config.init_lora_weights).lower().startswith((*MOVE_THE_BASE, "true")):
-            warn_caller(
-                "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA "
-                "adapter to a LoRA adapter"
-            )
+            warn_caller("`path_initial_model_for_weight_conversion` only works for PiSSA, CorDA, OLoRA and LoRA-GA.")
         initial = read_adapter(initial_folder).file.tensors
         return save_form(user, folder, converted_form(user, name, initial, tensors))
     if not moved:
@@ -197,13 +190,9 @@ def _check_complete(name: str, own: Mapping[str, Tensor], given: Mapping[str, Te
     missing = [key for key in own if key not in given]
     parts = [key for key, tensor in given.items() if is_shard(tensor)]
     for key in [*missing, *flat, *parts][:1]:
-        lack = "is missing from `state_dict`" if missing else "is only the part of it in this process"
-        raise AdapterError(
-            f"{key} {lack}, and the adapter {name!r} is distributed over processes, so the saved adapter would be "
-            "incomplete; nothing was written. Call save_pretrained in every process (with is_main_process for one of "
-            "them) and without `state_dict`, or pass the complete state dict; with DeepSpeed, set "
-            "stage3_gather_16bit_weights_on_model_save.",
-            what=name,
-            where=key,
-            field="state_dict",
+        text = (
+            f"{key} is incomplete, since adapter {name!r} is distributed over processes; nothing was written. Call "
+            "save_pretrained in every process without `state_dict`, or pass the complete state dict; with DeepSpeed, "
+            "set stage3_gather_16bit_weights_on_model_save."
         )
+        raise AdapterError(text, what=name, where=key, field="state_dict")

@@ -129,10 +129,8 @@ def _saved_in_full(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from module.state_dict(keep_vars=True).items()
         return
     for path, part in inner:
-        buffers = {leaf: b for leaf, b in part._buffers.items() if leaf not in part._non_persistent_buffers_set}
-        for leaf, tensor in {**_parameters(part), **buffers}.items():
-            if tensor is not None:
-                yield without_wrappers(f"{path}.{leaf}" if path else leaf), tensor
+        for leaf, tensor in _saved_tensors(part).items():
+            yield without_wrappers(f"{path}.{leaf}" if path else leaf), tensor
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
@@ -154,26 +152,23 @@ def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str
         entry = held._modules.get(adapter)
         entry = entry if entry is None else inside(entry)
         if entry is None:
-            raw: Tensor | None = held._parameters.get(adapter)
-            if raw is None and adapter not in held._non_persistent_buffers_set:
-                raw = held._buffers.get(adapter)
+            raw = _saved_tensors(held).get(adapter)
             if raw is not None:
                 yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}", raw
             continue
-        buffers = {leaf: b for leaf, b in entry._buffers.items() if leaf not in entry._non_persistent_buffers_set}
-        for leaf, tensor in {**_parameters(entry), **buffers}.items():
-            if tensor is not None:
-                ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
-                yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor
+        for leaf, tensor in _saved_tensors(entry).items():
+            ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
+            yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return a module's parameters (…) by name; for parameters in a flat buffer of FSDP 1, that buffer (n,)."""
+def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own parameters and persistent buffers (…) by name; those in a flat buffer of FSDP 1 are it."""
     flat = module._parameters.get("_flat_param")
-    if flat is None:
-        return dict(module._parameters)
-    views = {name: flat for name, value in vars(module).items() if isinstance(value, Tensor)}
-    return {**{name: value for name, value in module._parameters.items() if value is not flat}, **views}
+    views = {} if flat is None else {name: flat for name, value in vars(module).items() if isinstance(value, Tensor)}
+    parameters = {name: value for name, value in module._parameters.items() if value is not None and value is not flat}
+    lasting = module._buffers.keys() - module._non_persistent_buffers_set
+    buffers = {name: value for name, value in module._buffers.items() if value is not None and name in lasting}
+    return {**parameters, **views, **buffers}
 
 
 def _embeddings(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

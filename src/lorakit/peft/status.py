@@ -59,9 +59,6 @@ class TunerModelStatus:
 MODULE_TYPES = {"ModulesToSave": "ModulesToSaveWrapper", "TrainableTokens": "TrainableTokensLayer"}
 """PEFT's names for the classes of adapted modules that are not layers, keyed by lorakit's names."""
 
-BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
-"""PEFT's names for weight formats, keyed by lorakit's names; formats with identical names are omitted."""
-
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of every adapted layer and saved module.
@@ -76,18 +73,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         if isinstance(module, AdapterModule)
     ]
     if not found:
-        raise AdapterError(
-            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
-            "injected in the model.",
-            field="model",
-        )
+        text = "No adapter layers found in the model; add an adapter with get_peft_model or inject_adapter_in_model."
+        raise AdapterError(text, field="model")
     return found
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
-    backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantized else None
-    given = getattr(module, "quantization_backend", None)  # set by a program, as on PEFT's layers
-    backend = backend if given is None else str(given.backend_name)
+    backend = getattr(module, "quantization_backend", None)
+    weight_format = module.base.name if isinstance(module, LoraLayer) and module.base.quantized else None
     flags, devices = _flags_and_devices([module])
     return TunerLayerStatus(
         name=name,
@@ -98,7 +91,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
         requires_grad=flags,
         available_adapters=sorted(set(module.available_adapters())),
         devices=devices,
-        quantization_backend=None if backend is None else BACKENDS.get(backend, backend),
+        quantization_backend=weight_format if backend is None else str(backend.backend_name),
     )
 
 

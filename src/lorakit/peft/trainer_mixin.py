@@ -9,9 +9,9 @@ The parent class trains the user's own model, which contains the factors; only t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +29,6 @@ from lorakit.peft.state_dicts import WRAPPED, get_peft_model_state_dict, names_o
 
 ARGUMENTS_FILE = "training_args.bin"
 """Name of the file, saved next to the adapter, that contains the parent's training arguments."""
-
-
-class Arguments(Protocol):
-    """The trainer arguments that the mixin reads."""
-
-    should_save: bool
-    output_dir: str
-    push_to_hub: bool
-
-
-class State(Protocol):
-    """The part of the trainer's state that the mixin reads."""
-
-    best_model_checkpoint: str
-
-
-class Processor(Protocol):
-    """A tokenizer or other input processor."""
-
-    save_pretrained: Callable[[Path], Any]
 
 
 class LoraTrainerMixin:
@@ -72,21 +52,15 @@ class LoraTrainerMixin:
 
     lora_model: PeftModel
     model: nn.Module
-    args: Arguments
-    state: State
-    data_collator: Callable[..., Any]
-    processing_class: Processor | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(LoraTrainerMixin)]
         parent = next((kind for kind in before if "_inner_training_loop" in vars(kind)), None)
         if parent is not None:
-            raise ConfigError(
-                f"{cls.__name__}: LoraTrainerMixin must precede the trainer: "
-                f"class {cls.__name__}(LoraTrainerMixin, {parent.__name__}).",
-                what=cls.__name__,
-            )
+            name = cls.__name__
+            text = f"LoraTrainerMixin must precede the trainer: class {name}(LoraTrainerMixin, {parent.__name__})."
+            raise ConfigError(text, what=name)
 
     def __init__(
         self, model: nn.Module | str | None = None, *args: Any, peft_config: LoraConfig | None = None, **kwargs: Any
@@ -94,11 +68,9 @@ class LoraTrainerMixin:
         if isinstance(peft_config, LoraConfig) and isinstance(model, nn.Module):
             model = get_peft_model(model, peft_config)
         elif peft_config is not None:
-            raise ConfigError(
-                f"peft_config is a {type(peft_config).__name__} and model is a {type(model).__name__}; the mixin "
-                "needs lorakit's LoraConfig and a loaded model.",
-                field="peft_config",
-            )
+            kinds = f"a {type(peft_config).__name__} and a {type(model).__name__}"
+            text = f"peft_config and model are {kinds}; the mixin needs lorakit's LoraConfig and a loaded model."
+            raise ConfigError(text, field="peft_config")
         self._judged = True  # the parent checks the model only in its constructor
         self._marked: list[nn.Module] = []
         try:
@@ -108,16 +80,20 @@ class LoraTrainerMixin:
             for base in self._marked:
                 del base._hf_peft_config_loaded
         if getattr(self, "is_deepspeed_enabled", False):
-            raise NotYetSupported(
-                "deepspeed: the mixin does not support DeepSpeed's checkpoints; use DDP or FSDP, or the unmodified "
-                "trainer with install_as_peft.",
-                what="deepspeed",
+            text = (
+                "LoraTrainerMixin does not support DeepSpeed; use DDP, FSDP, or a plain trainer with install_as_peft."
             )
+            raise NotYetSupported(text, what="deepspeed")
 
     @property
     def _parent(self) -> Any:
         """`super()`, the trainer class that follows the mixin; typed as `Any`, since the class is unknown."""
         return super()
+
+    @property
+    def _trainer(self) -> Any:
+        """The trainer itself, with the attributes of the parent class."""
+        return self
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Call the parent's `model_init`, wrap the resulting model if necessary, and return the model to train."""
@@ -130,22 +106,18 @@ class LoraTrainerMixin:
             ConfigError: No parameters are trainable, for example because an adapter was loaded without `is_trainable`.
         """
         if not any(parameter.requires_grad for parameter in self.lora_model.parameters()):
-            raise ConfigError(
-                f"No parameters are trainable (frozen adapters: {', '.join(self.lora_model.peft_config)}). Load the "
-                "adapter with is_trainable=True, or call set_requires_grad.",
-                what=next(iter(self.lora_model.peft_config), None),
-            )
+            name = next(iter(self.lora_model.peft_config), None)
+            text = f"No parameters are trainable. Load {name!r} with is_trainable=True, or call set_requires_grad."
+            raise ConfigError(text, what=name)
         return self._parent.create_optimizer(*args, **kwargs)
 
     def _adopt(self, model: nn.Module | str) -> nn.Module:
         """Keep the wrapper for loading and saving, and return the user's model, which the parent trains."""
         if not isinstance(model, PeftModel):
             if not isinstance(model, nn.Module) or find_state(model) is None:
-                raise ConfigError(
-                    f"model is a {type(model).__name__} without an adapter; adapt it with lorakit.get_peft_model or "
-                    "lorakit.attach first, or pass a peft_config.",
-                    field="model",
-                )
+                kind = type(model).__name__
+                text = f"model is a {kind} without an adapter; call get_peft_model first, or pass a peft_config."
+                raise ConfigError(text, field="model")
             model = PeftModel(model)
         self.lora_model = model
         base = model.get_base_model()
@@ -171,7 +143,7 @@ class LoraTrainerMixin:
             self._parent.save_model(output_dir, _internal_call)
             return
         self._write(output_dir, {name: self._whole_tensors(name) for name in self.lora_model.peft_config})
-        if self.args.push_to_hub and not _internal_call:
+        if self._trainer.args.push_to_hub and not _internal_call:
             self._parent.push_to_hub(commit_message="Model save")
 
     def _whole_tensors(self, name: str) -> dict[str, Tensor]:
@@ -185,16 +157,17 @@ class LoraTrainerMixin:
 
     def _write(self, output_dir: str | None, tensors: Mapping[str, Mapping[str, Tensor] | None]) -> None:
         """Save adapters, given by name with their tensors (None for the model's own), and what belongs to them."""
-        if not self.args.should_save:
+        trainer = self._trainer
+        if not trainer.args.should_save:
             return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name, given in tensors.items():
             self.lora_model.save_pretrained(folder, selected_adapters=[name], state_dict=given)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / ARGUMENTS_FILE)
+        torch.save(trainer.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load each adapter in a checkpoint into the model's adapter of the same name."""
@@ -205,14 +178,12 @@ class LoraTrainerMixin:
                 result = self.lora_model.load_adapter(folder, name, is_trainable=True)
                 unfit = [*result.missing_keys, *result.unexpected_keys]
             if unfit:
-                text = (
-                    f"{folder}: not a checkpoint of this adapter: {len(unfit)} key(s) do not match, such as {unfit[0]}."
-                )
+                text = f"{folder}: not a checkpoint of this adapter: {len(unfit)} key(s) do not match, e.g. {unfit[0]}."
                 raise RunError(text, what=unfit[0], where=folder)
 
     def _load_best_model(self) -> None:
         """Load the adapters in the best checkpoint into the model."""
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self._trainer.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
         """Return a dict from adapter to directory: the checkpoint itself for "default", otherwise a subdirectory."""

@@ -31,7 +31,7 @@ from lorakit.peft.mixed_batches import Offsets
 from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
-from lorakit.targets import LEFT_OUT
+from lorakit.targets.experts import LEFT_OUT
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
@@ -44,11 +44,8 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
     for module_type, layer in (config.custom_modules or {}).items() if config is not None else ():
         like = next((name for name, made in LAYERS.items() if issubclass(layer, made)), None)
         if like is None:
-            raise NotYetSupported(
-                f"{layer.__name__} for {module_type.__name__}: a custom layer must be a subclass of a lorakit layer, "
-                "such as lora.Linear; for any other computation, call attach(kinds=[...]) with a lorakit.core.Kind.",
-                what=layer.__name__,
-            )
+            text = f"{layer.__name__}: a custom layer must be a subclass of a lorakit layer; or pass kinds to attach."
+            raise NotYetSupported(text, what=layer.__name__)
         if kind_of(module_type) is None:
             warn_caller(f"Unsupported layer type '{module_type}' encountered, proceed at your own risk.", UserWarning)
         name = f"{layer.__name__} on {module_type.__name__}"
@@ -127,10 +124,7 @@ class BaseTuner(OverModel):
         self.training = model.training
         if peft_config is not None:
             if model_adapters.configs_of(model):
-                warn_caller(
-                    "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
-                    "in the model. Make sure to know what you are doing!"
-                )
+                warn_caller("Already found a `peft_config` attribute in the model, which will have multiple adapters.")
             config = peft_config if isinstance(peft_config, LoraConfig) else peft_config[adapter_name]
             self.inject(adapter_name, config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
 
@@ -217,11 +211,8 @@ class BaseTuner(OverModel):
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
-            raise ConfigError(
-                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
-                "'none' for all adapters.",
-                field="bias",
-            )
+            text = "supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all."
+            raise ConfigError(f"{type(self).__name__} {text}", field="bias")
         matching.check_parameters(self.model, self.peft_config, config)
 
     def inject_adapter(

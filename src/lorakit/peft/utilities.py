@@ -23,7 +23,7 @@ from lorakit.core.model.index import walk
 from lorakit.core.quantization import weight_format_of
 from lorakit.errors import ConfigTypeError
 from lorakit.peft.model_adapters import HALF, user_model
-from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from lorakit.targets.resolving import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 __all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"]
 

@@ -19,7 +19,7 @@ from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, model_type_of
 from lorakit.errors import NotYetSupported
 from lorakit.peft import model_adapters
-from lorakit.targets import with_current_names
+from lorakit.targets.experts import with_current_names
 
 if TYPE_CHECKING:
     from lorakit.hub.loader_extensions import Rule
@@ -110,14 +110,10 @@ def build_peft_weight_mapping(
             rules.append(rule)
         elif _fuses(rule, FUSED) or _fuses(rule, DOWN):
             rules += _rules_of_experts(rule, adapter_name, peft_config, outer)
-        elif _concerns(rule, peft_config):
-            raise NotYetSupported(
-                f"The adapter targets {', '.join(sorted(_old_names(rule)))}, which this version of transformers fuses "
-                "into one tensor; fusing the factors of these modules is not supported yet. Use the transformers "
-                "version with which the adapter was trained.",
-                what=min(_old_names(rule)),
-                field="target_modules",
-            )
+        elif _names_any(peft_config, _old_names(rule)):
+            names = ", ".join(sorted(_old_names(rule)))
+            text = f"Factors of {names}, which transformers fuses now, cannot be fused. Use an older transformers."
+            raise NotYetSupported(text, what=min(_old_names(rule)), field="target_modules")
     return rules
 
 
@@ -153,17 +149,8 @@ def _check_alike(config: LoraConfig | None, names: set[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern") if is_named and len(names) > 1 else ():
         key = next((key for key in getattr(config, field) if key.rpartition(".")[2] in names), None)
         if key is not None:
-            raise NotYetSupported(
-                f"{field} has an entry for {key}, which this version of transformers fuses with other modules; "
-                "transformers' load_adapter cannot set the scales of its parts. Use PeftModel.from_pretrained.",
-                what=key,
-                field=field,
-            )
-
-
-def _concerns(rule: Rule, config: LoraConfig | None) -> bool:
-    """Return whether an adapter may target modules that a rule joins."""
-    return _names_any(config, _old_names(rule))
+            text = f"{field} has an entry for {key}, a part of a fused parameter. Use PeftModel.from_pretrained."
+            raise NotYetSupported(text, what=key, field=field)
 
 
 def _names_any(config: LoraConfig | None, names: set[str]) -> bool:

@@ -17,7 +17,7 @@ from lorakit.plan.optimizer_state import optimizer_state
 from lorakit.plan.packed import packed_files
 from lorakit.plan.params import Count, Group, RankTable, rank_table
 from lorakit.tables import format_percent
-from lorakit.targets import SEVERAL_MODULES
+from lorakit.targets.resolving import SEVERAL_MODULES
 
 
 @dataclass(frozen=True)

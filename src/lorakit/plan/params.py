@@ -15,19 +15,9 @@ from lorakit.choices import EMBEDDING, LINEAR, PARAMETER
 from lorakit.config import HEADS_BY_TASK, LoraConfig, costs_of, scale
 from lorakit.errors import ConfigError, TargetError, UsageError
 from lorakit.plan.optimizer_state import OPTIMIZERS
-from lorakit.targets import (
-    ALL_LINEAR,
-    BareParameter,
-    Candidate,
-    Match,
-    Note,
-    Unmatched,
-    match_path,
-    names_path,
-    note_on_rest,
-    resolve,
-    with_current_names,
-)
+from lorakit.targets.experts import note_on_rest, with_current_names
+from lorakit.targets.patterns import names_path
+from lorakit.targets.resolving import ALL_LINEAR, BareParameter, Candidate, Match, Note, Unmatched, match_path, resolve
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:

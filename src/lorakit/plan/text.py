@@ -18,7 +18,7 @@ from lorakit.tables import (
     format_seconds,
     wrap,
 )
-from lorakit.targets import LEFT_OUT
+from lorakit.targets.experts import LEFT_OUT
 
 WIDTH = 80
 """Width in columns at which lines are wrapped."""

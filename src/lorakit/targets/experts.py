@@ -199,19 +199,13 @@ def _check(
 ) -> None:
     is_listed = not isinstance(config.target_modules, str)
     for path, olds in selected.parts.items():
-        lacking = sorted(set(parts_at(layout, path)) - olds)
+        names, lacking = ", ".join(sorted(olds)), sorted(set(parts_at(layout, path)) - olds)
         if lacking:
-            text = (
-                f"target_modules names {', '.join(sorted(olds))} but not {', '.join(lacking)}; {path} has both. "
-                "Name both, or neither."
-            )
+            text = f"target_modules names {names} but not {', '.join(lacking)}, also in {path}. Name both, or neither."
             raise ConfigError(text, what=lacking[0], where=path, field="target_modules")
         both = next((entry for entry in sorted(config.target_parameters or ()) if names_path(entry, path)), None)
         if both is not None and is_listed:
-            text = (
-                f"target_modules names {', '.join(sorted(olds))}, which is {path} in transformers 5, and "
-                f"target_parameters names it as {both!r}, too. Use the old names or the new ones."
-            )
+            text = f"target_modules names {names}, now {path}, which target_parameters names, too. Use one name."
             raise ConfigError(text, what=both, where=path, field="target_parameters")
     for (path, old), numbers in selected.numbers.items():
         _check_numbers(path, old, numbers, of_experts[path].shape[0])
@@ -224,10 +218,7 @@ def _check_numbers(path: str, old: str, numbers: Collection[int], experts: int) 
         raise TargetError(text, what=missing[0], where=path, field="target_modules")
     left = sorted(set(range(experts)) - set(numbers))
     if left:
-        text = (
-            f"target_modules names {len(set(numbers))} of the {experts} experts in {path} ({old}), but they share one "
-            f"parameter, which is adapted as a whole. Name {old!r} without a number."
-        )
+        text = f"target_modules names some experts, but {path} is adapted as a whole. Name {old!r} without a number."
         raise ConfigError(text, what=left[0], where=path, field="target_modules")
 
 

@@ -61,13 +61,9 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
 def names(pattern: str, path: str) -> bool:
     """Return whether a plain-name pattern matches a path; a PatternError if it is not a plain name."""
     if not _PLAIN.fullmatch(pattern):
-        raise PatternError(
-            f"{pattern!r} is a regular expression, and regular expressions from files are never evaluated. Use names "
-            "or dotted suffixes.",
-            what=pattern,
-        )
-    has_parent = pattern.startswith(_ANY_PARENT)
+        text = f"{pattern!r} is a regular expression; those in files are never evaluated. Use names or dotted suffixes."
+        raise PatternError(text, what=pattern)
     word = pattern.removeprefix(_ANY_PARENT).removesuffix("$").replace("\\.", ".")
-    if has_parent:
+    if pattern.startswith(_ANY_PARENT):
         return path.endswith(f".{word}")
     return path == word[1:] if word.startswith("^") else names_path(word, path)

@@ -148,9 +148,8 @@ def resolve(
     if not selected and not bare:
         raise _nothing(candidates, config, missing)
     if missing and not allow_partial:
-        raise TargetError(
-            " ".join(map(str, missing)), what=missing[0].entry, field=missing[0].field, override="partial_targets"
-        )
+        text, first = " ".join(map(str, missing)), missing[0]
+        raise TargetError(text, what=first.entry, field=first.field, override="partial_targets")
     _check_kinds(selected)
     matches = (*(_match(config, candidate.path, candidate.kind or "", entry) for candidate, entry in selected), *bare)
     notes = (*_notes_on_names(selected), *_notes_on_ranks(selected, parameters or (), matches))
@@ -212,10 +211,7 @@ def targeted_parameters(
         if entry is None or path.startswith(inside):
             continue
         if not parameter.module:
-            text = (
-                f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r}): "
-                "LoRA wraps the module that holds the parameter. Wrap the model in another module."
-            )
+            text = f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r})."
             raise TargetError(text, what=parameter.name, field="target_parameters")
         if len(parameter.shape) not in {2, 3}:
             text = f"parameter {path!r} has shape {parameter.shape}; LoRA requires a parameter with two or three axes."
@@ -245,9 +241,8 @@ def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequen
     if config.target_modules is None and config.target_parameters:
         return []
     if config.target_modules is None:
-        raise ConfigError(
-            "target_modules is not set; name the modules to adapt, or use 'all-linear'.", field="target_modules"
-        )
+        text = "target_modules is not set; name the modules to adapt, or use 'all-linear'."
+        raise ConfigError(text, field="target_modules")
     entry_of = _matcher("target_modules", config.target_modules)
     is_selected = selects(config)
     inside = tuple(path + "." for path in saved)
@@ -356,10 +351,8 @@ def _check_kinds(selected: Sequence[tuple[Candidate, str]]) -> None:
         return
     candidate, entry = bad[0]
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-    text = (
-        f"{candidate.path}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}, which LoRA does not "
-        "support; target its Linear, Conv1D or Embedding submodules."
-    )
+    what = f"{candidate.path}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}"
+    text = f"{what}, which LoRA does not support; target its Linear, Conv1D or Embedding submodules."
     raise TargetError(text, what=entry, where=candidate.path, field="target_modules", allowed=PLANNED)
 
 

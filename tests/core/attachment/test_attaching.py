@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core import adapters, attach, detach, sites, trainable_parameters
 from lorakit.errors import AdapterError, ConfigError, TargetError
-from lorakit.targets import SEVERAL_MODULES
+from lorakit.targets.resolving import SEVERAL_MODULES
 
 from ...laws.zoo import BERT, EVERY_KIND, GPT2, LINEARS, LLAMA, T5, TIED, with_adapters
 

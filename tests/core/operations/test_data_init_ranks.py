@@ -25,7 +25,8 @@ from lorakit.core.operations.data_init import (
     with_ranks,
 )
 from lorakit.errors import ConfigError, DataError
-from lorakit.targets import Match, first_match
+from lorakit.targets.patterns import first_match
+from lorakit.targets.resolving import Match
 
 
 def language_loss(model: Any, batch: Any) -> Any:

@@ -42,7 +42,8 @@ from lorakit.core.statistics.moments import Statistics
 from lorakit.core.variants import Start, variant_for
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.tables import format_bytes
-from lorakit.targets import ALL_LINEAR, Match, Note, Resolution, Unmatched, match_path, note_on_rest, with_current_names
+from lorakit.targets.experts import note_on_rest, with_current_names
+from lorakit.targets.resolving import ALL_LINEAR, Match, Note, Resolution, Unmatched, match_path
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -
 def _note_on_rest(
     index: AdapterIndex, original_config: LoraConfig, config: LoraConfig, resolution: Resolution
 ) -> list[Note]:
-    """Return a note about matrices that the targets leave out, or []; see `lorakit.targets.note_on_rest`."""
+    """Return a note about matrices that the targets leave out, or []; see `lorakit.targets.experts.note_on_rest`."""
     bare = [parameter for parameter in bare_parameters(index) if len(parameter.shape) in {2, 3}]
     parameters = (parameter for _, module in index.plain_modules() for parameter in module._parameters.values())
     sizes = {id(parameter): parameter.numel() for parameter in parameters if parameter is not None}  # tied weights once

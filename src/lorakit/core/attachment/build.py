@@ -35,7 +35,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
 from lorakit.core.variants import Factor, Start, Variant, variant_for, variants_of
-from lorakit.targets import Match
+from lorakit.targets.resolving import Match
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from lorakit.core.model.ties import tied_groups, with_ties
 from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.variants import variant_at
 from lorakit.errors import PatternError, TargetError, nearest
-from lorakit.targets import ALL_LINEAR, Resolution, literal_value, resolve, saved_modules
+from lorakit.targets.patterns import literal_value
+from lorakit.targets.resolving import ALL_LINEAR, Resolution, resolve, saved_modules
 
 MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
 """Kinds of mismatches between an adapter's files and a model."""

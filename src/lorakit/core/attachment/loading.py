@@ -54,7 +54,8 @@ from lorakit.errors import (
 )
 from lorakit.hub_cache import NO_OPTIONS, HubOptions, adapter_from_hub, is_on_hub
 from lorakit.tables import format_some
-from lorakit.targets import Match, exact_key
+from lorakit.targets.patterns import exact_key
+from lorakit.targets.resolving import Match
 
 SHOWN = 6
 """Maximum number of mismatches listed in an error message."""

@@ -27,15 +27,9 @@ from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, model_type_of, named_targets
 from lorakit.errors import AdapterFileError, ShapeMismatchError
 from lorakit.tables import format_some
-from lorakit.targets import (
-    BareParameter,
-    current_path,
-    literal_value,
-    names_path,
-    parts_at,
-    with_fused_targets,
-    with_routers_as_parameters,
-)
+from lorakit.targets.experts import current_path, parts_at, with_fused_targets, with_routers_as_parameters
+from lorakit.targets.patterns import literal_value, names_path
+from lorakit.targets.resolving import BareParameter
 
 _EXPERT = re.compile(r"(?P<around>(?:.+\.)?experts)\.(?P<number>\d{1,6})\.(?P<old>\w+)", re.ASCII)
 

@@ -32,7 +32,7 @@ from lorakit.core.quantization import Stored, weight_format_of
 from lorakit.core.variants import moving_variant, variant_at
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError
-from lorakit.targets import Match
+from lorakit.targets.resolving import Match
 
 INIT_FIELDS = (
     "init_lora_weights",

@@ -31,7 +31,8 @@ from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
 from lorakit.durable import JsonObject, json_bytes, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
-from lorakit.targets import ALL_LINEAR, names_path, resolve
+from lorakit.targets.patterns import names_path
+from lorakit.targets.resolving import ALL_LINEAR, resolve
 
 Form = Literal["as_lora", "trained", "raw"]
 

@@ -22,7 +22,7 @@ from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE, without_wrappers
 from lorakit.durable import SEAL, JsonObject, JsonValue, as_object
 from lorakit.errors import AdapterFileError, PatternError
-from lorakit.targets import literal_value, names_path
+from lorakit.targets.patterns import literal_value, names_path
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2

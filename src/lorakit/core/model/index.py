@@ -27,7 +27,7 @@ from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.quantization import is_computed, weight_format_of
 from lorakit.core.routing.state import AdapterState, Place
 from lorakit.errors import AdapterError
-from lorakit.targets import Candidate
+from lorakit.targets.resolving import Candidate
 
 INSIDE = ".base_layer"
 """Suffix that each enclosing layer adds to the path of the module that it wraps."""

@@ -20,7 +20,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import BareParameter, Match, Resolution, resolve, targeted_parameters
+from lorakit.targets.resolving import BareParameter, Match, Resolution, resolve, targeted_parameters
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _experts_of(module: nn.Module) -> int:
 
 
 def matched(index: AdapterIndex, config: LoraConfig, allow_partial: bool = False) -> Resolution:
-    """Return the modules and parameters in a model that a config names; see `lorakit.targets.resolve`.
+    """Return the modules and parameters in a model that a config names; see `lorakit.targets.resolving.resolve`.
 
     Raises:
         TargetError: A target entry matches nothing (unless allowed), or matches a module that cannot be adapted.

@@ -19,7 +19,7 @@ from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.index import AdapterIndex, embedding_of, identity
 from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
-from lorakit.targets import ALL_LINEAR, Match, Note, Resolution
+from lorakit.targets.resolving import ALL_LINEAR, Match, Note, Resolution
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
 """Start of the note about tied modules that are adapted separately; programs search PEFT's warnings for this text."""

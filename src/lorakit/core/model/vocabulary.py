@@ -29,7 +29,7 @@ from lorakit.core.model.fingerprint import (
 from lorakit.core.model.index import AdapterIndex, embedding_of
 from lorakit.core.model.ties import input_embedding, sharers, table_at
 from lorakit.errors import OVERRIDE, ConfigError, ModelError, NoTargetError, TargetError, nearest, warn_caller
-from lorakit.targets import names_path
+from lorakit.targets.patterns import names_path
 
 
 def grow_vocabulary(model: nn.Module, rows: int) -> None:

@@ -20,7 +20,7 @@ from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.targets import names_path
+from lorakit.targets.patterns import names_path
 
 COMBINATION_TYPES = (
     "svd",

@@ -32,7 +32,8 @@ from lorakit.core.quantization import weight_format_of
 from lorakit.core.statistics.collecting import Forward, TakeRows, collect_gradients, collect_inputs
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics, Statistics
 from lorakit.errors import ConfigError, DataError
-from lorakit.targets import Match, exact_key, match_path
+from lorakit.targets.patterns import exact_key
+from lorakit.targets.resolving import Match, match_path
 
 Criterion = Literal["gradients", "inputs"]
 

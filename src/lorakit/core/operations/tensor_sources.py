@@ -29,7 +29,7 @@ from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters
 from lorakit.core.model.target_weights import matched, paths_on_disk
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Factor, Variant, variant_at, variants_of, without
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
-from lorakit.targets import match_path
+from lorakit.targets.resolving import match_path
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lorakit.core.quantization import weight_format_of
 from lorakit.durable import JsonObject, json_bytes
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import AdapterError, UsageError
-from lorakit.targets import exact_key
+from lorakit.targets.patterns import exact_key
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lorakit.plan.params import for_task
 from lorakit.session.coding import max_length_for, usual_length
 from lorakit.session.spec import resolve_base
 from lorakit.session.tokenizers import SavedTokenizer, training_tokenizer
-from lorakit.targets import unfitting_keys
+from lorakit.targets.resolving import unfitting_keys
 from lorakit.tasks import TASKS, Target, TaskOnData, agree_on_padding, task_for
 from lorakit.train.files import checkpoint, run_folder
 from lorakit.train.files.trackers import check_trackers
