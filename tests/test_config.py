@@ -17,17 +17,16 @@ from lorakit.config import (
     API_LEVEL,
     CONFIG_FILE,
     HEADS_BY_TASK,
-    NOT_BUILT,
-    LoftQConfig,
     LoraConfig,
     PeftConfig,
     PeftType,
     TaskType,
-    check_built,
     read_config,
     scale,
 )
+from lorakit.config.checks import NOT_BUILT, check_built
 from lorakit.config.lora import NOT_IN_PEFT, PARTS
+from lorakit.config.nested import LoftQConfig
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported
 
 DEFAULTS = {

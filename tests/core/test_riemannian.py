@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit import core
-from lorakit.config import BdLoraConfig
+from lorakit.config.nested import BdLoraConfig
 from lorakit.core.riemannian import Factors, precondition, preconditioned, trained_factors
 from lorakit.errors import ConfigError
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lorakit import core, durable_folders
-from lorakit.config import VARIANT_COSTS, LoraConfig, VariantCosts
+from lorakit.config import LoraConfig
+from lorakit.config.variants import VARIANT_COSTS, VariantCosts
 from lorakit.core.files import adapter_folder, tensors
 from lorakit.core.files.tensors import ENDINGS
 from lorakit.core.variants import OwnTensor, own_tensors

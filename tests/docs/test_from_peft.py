@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.config import NOT_BUILT, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.checks import NOT_BUILT
 
 from ..peft.running import run
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.config import EvaConfig, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import EvaConfig
 from lorakit.core import (
     activate,
     attach,

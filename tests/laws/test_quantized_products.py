@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import BdLoraConfig, LoraConfig, MontecloraConfig, VeloraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import BdLoraConfig, MontecloraConfig, VeloraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
 from lorakit.core.variants import VARIANTS

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named

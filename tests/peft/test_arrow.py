@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import ArrowConfig
+from lorakit.config.nested import ArrowConfig
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, LorakitError
 from lorakit.peft import create_arrow_model
 from lorakit.peft.arrow import source_of

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import CONFIG_FILE, ArrowConfig, LoraConfig
+from lorakit.config import CONFIG_FILE, LoraConfig
+from lorakit.config.nested import ArrowConfig
 from lorakit.core.variants.arrow import GENERAL_PREFIX
 from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError
 from lorakit.peft import model_adapters

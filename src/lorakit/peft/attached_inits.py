@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import core
-from lorakit.config import EvaConfig, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import EvaConfig
 from lorakit.core.inits import InitContext
 from lorakit.core.inits.from_weight import residual_factors
 from lorakit.core.layers.lora_layer import LoraLayer

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import core
-from lorakit.config import CordaConfig, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import CordaConfig
 from lorakit.core.files.tensors import encode, read_tensors
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.index import walk

@@ -41,10 +41,11 @@ PROMPTS = """
 OTHER_METHODS = " ".join([PROMPTS, *(f"{method}Config {method}Model" for method in _METHODS.split())])
 """Names that belong to other methods and that PEFT exports from both `peft` and `peft.tuners`."""
 
-LORA_CONFIGS = """
-    ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig
-    LoraRuntimeConfig MontecloraConfig VeloraConfig
+_NESTED_CONFIGS = """
+    ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig
+    MontecloraConfig VeloraConfig
 """
+LORA_CONFIGS = f"LoraConfig {_NESTED_CONFIGS}"
 """Names of the config classes for LoRA and its extensions."""
 
 TARGET_TABLES = " ".join(
@@ -99,7 +100,8 @@ _BACKENDS = """
 """
 
 HOMES: Mapping[str, str] = {
-    "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.config": "LoraConfig PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.config.nested": _NESTED_CONFIGS,
     "lorakit.config.lora": "__version__=API_LEVEL",
     "lorakit.core.factor": "BufferDict MontecloraSampler=OwnTensors",
     "lorakit.core.layers.adapter_component": "AuxiliaryTrainingWrapper=ReplacingModule BaseTunerLayer=TunerLayer",

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.architectures.shapes import ModelShape, replicated
-from lorakit.config import LoraConfig, costs_of
+from lorakit.config import LoraConfig
+from lorakit.config.variants import costs_of
 from lorakit.plan import activations, flops, memory, params
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from lorakit.architectures.layouts import is_inside, role, short_roles
 from lorakit.architectures.shapes import ModelShape, SiteShape, replicated
 from lorakit.choices import EMBEDDING, LINEAR, PARAMETER
-from lorakit.config import HEADS_BY_TASK, LoraConfig, costs_of, scale
+from lorakit.config import HEADS_BY_TASK, LoraConfig, scale
+from lorakit.config.variants import costs_of
 from lorakit.errors import ConfigError, TargetError, UsageError
 from lorakit.plan.optimizer_state import OPTIMIZERS
 from lorakit.targets.experts import note_on_rest, with_current_names

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.choices import CONV1D
-from lorakit.config import PEFT_TABLES_OF_VARIANTS
+from lorakit.config.lora import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
 from lorakit.core.layers.batched import called_factors
 from lorakit.core.layers.lora_layer import LoraLayer

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from lorakit.choices import PARAMETER, PLANNED
-from lorakit.config import HEADS_BY_TASK, LoraConfig, check_built
+from lorakit.config import HEADS_BY_TASK, LoraConfig
+from lorakit.config.checks import check_built
 from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest
 from lorakit.targets.patterns import compiled, first_match, key_fits, names_path
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import CordaConfig, EvaConfig, LoraGAConfig
 from lorakit.core import Statistics, attach, collect_for, disable, load_statistics, sites
 from lorakit.core.operations.data_init import DataSites
 from lorakit.core.statistics.moments import KEY

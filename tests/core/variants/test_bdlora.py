@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakit import core
-from lorakit.config import BdLoraConfig, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import BdLoraConfig
 from lorakit.core.variants import PLAIN, bdlora
 from lorakit.errors import ConfigError
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import lorakit.peft as ours
 from lorakit import core
-from lorakit.config import LoraConfig, MontecloraConfig, costs_of
+from lorakit.config import LoraConfig
+from lorakit.config.nested import MontecloraConfig
+from lorakit.config.variants import costs_of
 from lorakit.core.variants import monteclora
 from lorakit.errors import ConfigError
 

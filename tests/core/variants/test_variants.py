@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.config import VARIANT_COSTS, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.variants import VARIANT_COSTS
 from lorakit.core.factor import BOTH
 from lorakit.core.kinds import WeightSpec, kind_named
 from lorakit.core.variants import VARIANTS, At, Factor, Start, asked_for, variant_for, variant_named

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit import core
-from lorakit.config import LoraConfig, VeloraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import VeloraConfig
 from lorakit.core.variants import velora
 from lorakit.errors import ConfigError
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorakit.config import CordaConfig, EvaConfig, LoraGAConfig
+from lorakit.config.nested import CordaConfig, EvaConfig, LoraGAConfig
 from lorakit.core.inits.init import Init, InitContext, InitResult, balanced, zeros
 from lorakit.core.kinds.kind import takes_input, takes_values
 from lorakit.core.linalg import Principal, dense_spectrum

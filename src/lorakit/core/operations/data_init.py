@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import EvaConfig, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import EvaConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.attachment.residual_base import init_context_for
 from lorakit.core.inits import Init, InitContext, init_for, init_named

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import CordaConfig, LoraConfig
+from lorakit.config import LoraConfig
+from lorakit.config.nested import CordaConfig
 from lorakit.core.files.tensors import encode, read_tensors
 from lorakit.core.linalg import Principal
 from lorakit.core.model.fingerprint import DIFFERENT, Fingerprint, compare, fingerprint

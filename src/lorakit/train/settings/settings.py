@@ -115,7 +115,8 @@ class TrainSettings(_Checked):
 
     def lora_config(self, task_type: TaskType | None = None) -> LoraConfig:
         """Build the adapter's config; without `task_type`, for a causal language model; see `LoraConfig` for errors."""
-        from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
+        from lorakit.config import LoraConfig, TaskType
+        from lorakit.config.nested import CordaConfig, EvaConfig, LoraGAConfig
 
         usual = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
         parts = {name: getattr(self, name) for name in names_in_config(LoraConfig)}
