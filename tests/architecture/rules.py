@@ -442,8 +442,6 @@ def dangling_references(path: str, tree: Tree, sources: Sources) -> Found:
             module = next((m for m in (name.rsplit(".", n)[0] for n in range(name.count(".") + 1)) if m in modules), "")
             rest = name.removeprefix(module).lstrip(".")
             names = names_of(modules[module], sources[modules[module]]) if module else frozenset()
-            if module == "lorakit.peft" and rest in names_of("peft/paths.py", sources.get("peft/paths.py", "")):
-                continue
             if rest and name != "lorakit.json" and rest.split(".")[0] not in names:
                 yield node, name, f"a docstring names {name}, which does not exist"
         for name in FILE.findall(string(node.value)):

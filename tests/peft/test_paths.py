@@ -51,7 +51,7 @@ def test_a_path_is_a_package_if_it_is_one_in_the_installed_peft(path: str) -> No
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_every_name_of_the_table_resolves(path: str) -> None:
     module = sys.modules[f"lorakit.peft.{path}"]
-    names = paths.PATHS[path].split()
+    names = list(paths.names_in(paths.PATHS[path]))
     assert len(names) == len(set(names))
     assert sorted(names) == module.__all__
     assert [name for name in names if not hasattr(module, name)] == []

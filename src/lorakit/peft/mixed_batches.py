@@ -169,10 +169,9 @@ def options_of_call(
     given = () if generates else (*args, *kwargs.values())
     batch = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
+        # if all rows use the base alone, no layer checks the batch size
         text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        raise RowCountError(
-            text, what=len(names), field="adapter_names"
-        )  # if all rows use the base alone, no layer checks the batch size
+        raise RowCountError(text, what=len(names), field="adapter_names")
     with (
         _with_peft_messages(names),
         rows(model.get_submodule("base_model"), names, copies),

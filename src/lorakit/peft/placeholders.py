@@ -15,11 +15,14 @@ from lorakit.config import PeftConfig, PeftType
 from lorakit.errors import LorakitError as PeftError
 from lorakit.errors import NotYetSupported
 from lorakit.errors import TargetError as NoMatchingPeftModuleError
-from lorakit.peft.paths import OTHER_METHODS, PROMPTS, TARGET_TABLES
+from lorakit.peft.paths import names_in
 
 __all__ = ["NoMatchingPeftModuleError", "PeftError"]
 
-_CONFIGS = {name.removesuffix("Config").upper(): name for name in OTHER_METHODS.split() if name.endswith("Config")}
+_PROMPTS, _TARGET_TABLES = (frozenset(names_in([group])) for group in ("@prompts", "@target_tables"))
+_CONFIGS = {
+    name.removesuffix("Config").upper(): name for name in names_in(["@other_methods"]) if name.endswith("Config")
+}
 CONFIGS: Mapping[PeftType, str] = {
     PeftType.P_TUNING: "PromptEncoderConfig",
     **{method: _CONFIGS[key] for method in PeftType if (key := method.value.replace("_", "")) in _CONFIGS},
@@ -80,12 +83,12 @@ def placeholder(name: str) -> Any:
     """Return what this module defines under a PEFT name or, if there is nothing, a placeholder, always the same."""
     if name in globals() and not name.startswith("_"):
         return globals()[name]
-    if name in TARGET_TABLES.split():
+    if name in _TARGET_TABLES:
         return {}
     if not name.lstrip("_")[:1].isupper():
         return _refusing(name)
     base: type = object
     if name.endswith("Config"):
-        base = PromptLearningConfig if name in PROMPTS.split() else PeftConfig
+        base = PromptLearningConfig if name in _PROMPTS else PeftConfig
     about = f"Placeholder for PEFT's {name}, which lorakit does not implement and which cannot be instantiated."
     return type(name, (base,), {"__init__": _refusing(name), "__doc__": about, "__module__": __name__})

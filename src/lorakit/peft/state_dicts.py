@@ -58,26 +58,26 @@ def get_peft_model_state_dict(
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     model_adapters.check_exist(model_adapters.configs_of(model), adapter_name)
-    own = list(tensors_of(model, adapter_name))
-    if state_dict is None and save_embedding_layers is not True:
-        return _own_tensors(model, adapter_name)
-    values: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    own = _own_tensors(model, adapter_name) if state_dict is None else _given_tensors(model, adapter_name, state_dict)
+    if save_embedding_layers is not True:
+        return own
+    return {**completed(_embeddings(model, model.state_dict() if state_dict is None else state_dict)), **own}
+
+
+def _given_tensors(model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors (…) of an adapter in a state dict, keyed by name on disk; warn about missing ones."""
     plain = {_without_wrappers(key): key for key in values}
     found, missing = {}, []
-    for on_disk, in_memory, _ in own:
+    for on_disk, in_memory in names_of(model, adapter):
         key = next((key for key in (in_memory, on_disk) if key in values), plain.get(_without_wrappers(in_memory)))
         if key is None:
             missing.append(on_disk)
         else:
             found[on_disk] = values[key]
-    if missing and state_dict is not None:
-        warn_caller(
-            f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}; the missing "
-            f"tensors are omitted: {', '.join(missing[:4])}. Pass the model's complete state dict with unchanged names."
-        )
-    if save_embedding_layers is True:
-        found |= completed(_embeddings(model, values))
-    return found if state_dict is not None else {**found, **_own_tensors(model, adapter_name)}
+    if missing:
+        text = f"`state_dict` lacks {len(missing)} tensors of adapter {adapter!r}, such as {', '.join(missing[:4])}."
+        warn_caller(f"{text} Pass the model's complete state dict with unchanged names.")
+    return found
 
 
 def _own_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:

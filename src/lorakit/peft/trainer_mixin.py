@@ -37,7 +37,7 @@ class LoraTrainerMixin:
     The mixin must precede the trainer in the list of base classes.
 
     Args:
-        model: A `lorakit.peft.PeftModel`, a model adapted by `lorakit.attach`, or any model if `peft_config` is given.
+        model: A `PeftModel`, a model adapted by `lorakit.attach`, or any model if `peft_config` is given.
         args: The parent's positional arguments after the model.
         peft_config: A `LoraConfig` for adapting a model that has no adapter.
         kwargs: The parent's keyword arguments.
@@ -80,9 +80,7 @@ class LoraTrainerMixin:
             for base in self._marked:
                 del base._hf_peft_config_loaded
         if getattr(self, "is_deepspeed_enabled", False):
-            text = (
-                "LoraTrainerMixin does not support DeepSpeed; use DDP, FSDP, or a plain trainer with install_as_peft."
-            )
+            text = "LoraTrainerMixin does not support DeepSpeed; use DDP, FSDP, or a trainer with install_as_peft."
             raise NotYetSupported(text, what="deepspeed")
 
     @property
