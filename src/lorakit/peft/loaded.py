@@ -111,13 +111,17 @@ def read_by_names(
     model: nn.Module, folder: Path, key_mapping: Mapping[str, str] | None, *, may_be_zero: bool
 ) -> AdapterFiles:
     """Read an adapter's files, with renamed tensors and fused experts, and warn of implausible values."""
-    files = read_adapter(folder)
-    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
+    files, tensors = _renamed_tensors(folder, key_mapping)
     files = dataclasses.replace(files, file=dataclasses.replace(files.file, tensors=tensors))
     user = user_model(model)
     files = with_fused_experts(files, AdapterIndex.of(user))
     warn_of_problems(user, files, LENIENT, may_be_zero=may_be_zero)
     return files
+
+
+def _renamed_tensors(folder: Path, key_mapping: Mapping[str, str] | None) -> tuple[AdapterFiles, dict[str, Tensor]]:
+    files = read_adapter(folder)
+    return files, {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
 
 
 def put_by_names(model: nn.Module, files: AdapterFiles, name: str, ignore_sizes: bool) -> IncompatibleKeys:
@@ -152,6 +156,5 @@ def load_peft_weights(
     """Return the tensors (any shape) of a saved adapter by name on disk; `kwargs` are those of `HubOptions`."""
     folder = adapter_folder(model_id, kwargs)
     check_options("load_peft_weights", kwargs)
-    files = read_adapter(folder)
-    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
+    _, tensors = _renamed_tensors(folder, key_mapping)
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

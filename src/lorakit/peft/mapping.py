@@ -96,7 +96,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
 """Tuner class of each supported method."""
 
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = dict(PEFT_TYPE_TO_TUNER_MAPPING)
 """Tuner class of each method that a `PeftMixedModel` supports."""
 
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}

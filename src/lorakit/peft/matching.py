@@ -12,11 +12,10 @@ from lorakit.architectures.families import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
-from lorakit.core.layers.lora_layer import LoraLayer, not_yet_merged
-from lorakit.core.layers.named_layers import LAYERS
+from lorakit.core.layers.lora_layer import not_yet_merged
 from lorakit.core.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers, walk, without_wrappers
-from lorakit.core.model.target_weights import bare_parameters, matched, model_type_of
+from lorakit.core.model.target_weights import bare_parameters, model_type_of
 from lorakit.errors import ConfigError, NoTargetError, TargetError, warn_caller
 from lorakit.peft.model_adapters import configs_of, user_model
 from lorakit.targets.patterns import key_fits, names_path
@@ -124,14 +123,8 @@ NOTHING_MATCHED = {
 }
 """Dict from config field to the message that PEFT shows if no entry in the field matches."""
 
-ALL_EXCLUDED = (
-    "All modules were excluded. This is likely unintended. Check `target_modules`, `exclude_modules` and "
-    "`modules_to_save`."
-)
-NONE_LEFT = (
-    "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` that match "
-    "nothing and modules that are excluded (`exclude_modules`) or saved in full (`modules_to_save`)."
-)
+ALL_EXCLUDED = "All modules were excluded. Check `target_modules`, `exclude_modules` and `modules_to_save`."
+NONE_LEFT = "No modules were targeted for adaptation: what `target_modules` names is excluded or saved in full."
 
 
 @contextlib.contextmanager
@@ -262,7 +255,7 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
             raise ConfigError(text, what=name, field="target_parameters")
 
 
-def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
+def check_name(name: str, config: LoraConfig) -> None:
     """Check that a new adapter has not the name of a module that it saves in full or whose rows it trains.
 
     In the paths of the adapter's own modules, such as `lora_A.head`, PEFT would take the adapter for the module.
@@ -275,11 +268,7 @@ def check_name(model: nn.Module, name: str, config: LoraConfig) -> None:
     field = next((key for key, names in fields.items() if name in names), None)
     if field is None:
         return
-    index = AdapterIndex.of(model)
-    kind = matched(index, with_targets(config, index), allow_partial=True).matches[0].kind
-    wrapper = "ModulesToSaveWrapper" if field == "modules_to_save" else "TrainableTokensWrapper"
-    layer = LAYERS.get(kind, LoraLayer).__name__
-    text = f"A {wrapper} cannot be inside a layer.{layer}, but {name!r} is also in {field}. Rename the adapter."
+    text = f"The adapter's name, {name!r}, is also the name of a module in {field}. Choose another name."
     raise ConfigError(text, what=name, field=field)
 
 

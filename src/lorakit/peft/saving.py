@@ -25,30 +25,8 @@ from lorakit.peft.state_dicts import flat_factors, get_peft_model_state_dict, te
 
 FENCE = "---"
 
-BODY = """# A LoRA adapter for {base}
-
-These files contain a low-rank (LoRA) adapter: two small matrices A and B for each adapted weight W, which becomes
-W + scale * B A. The base model is not included. `adapter_config.json` specifies the rank, the scale and the adapted
-modules; `adapter_model.safetensors` contains the matrices.
-
-## Usage
-
-```python
-from lorakit.peft import PeftModel  # or: from peft import PeftModel
-
-model = ...  # {base}, loaded as usual
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
-model = model.merge_and_unload()  # optional: merge it into the base permanently
-```
-
-## More information needed from the authors
-
-- **Intended use**: what the adapter was trained for, and what it should not be used for.
-- **Training data**: the data that the adapter was trained on, and its license.
-- **Evaluation**: benchmarks and results.
-- **Limitations**: known problems and risks, in addition to those of the base model.
-"""
-"""Body of a new model card; it remains valid if the adapter is trained further."""
+BODY = "model_card.md"
+"""File with the body of a new model card, which remains valid if the adapter is trained further."""
 
 
 def write_card(base: nn.Module, output_dir: str | PathLike[str], task: TaskType | None) -> None:
@@ -60,7 +38,8 @@ def write_card(base: nn.Module, output_dir: str | PathLike[str], task: TaskType 
         if field not in given:
             header += lines
     if not text.strip():
-        text = BODY.format(base=getattr(base, "name_or_path", None) or "its base model")
+        body = Path(__file__).with_name(BODY).read_text("utf-8")
+        text = body.format(base=getattr(base, "name_or_path", None) or "its base model")
     if f"- PEFT {API_LEVEL}" not in text.splitlines():
         text = f"{text.rstrip()}\n\n### Framework versions\n\n- PEFT {API_LEVEL}\n".lstrip()
     write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))

@@ -28,7 +28,6 @@ from lorakit.peft import model_adapters
 
 WRAPPED = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
-FACTORS = (".lora_A.weight", ".lora_B.weight")
 DATA_PARALLEL = "module."
 
 
@@ -136,7 +135,7 @@ def _saved_in_full(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Tensor] | None = None) -> list[str]:
     """Return the names of A and B tensors that have fewer than two dimensions, as ungathered shards do."""
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
-    return [key for key, held in own.items() if key.endswith(FACTORS) and held.ndim < 2]
+    return [key for key, held in own.items() if key.endswith(MATRICES) and held.ndim < 2]
 
 
 def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:

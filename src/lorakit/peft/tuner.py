@@ -184,7 +184,7 @@ class BaseTuner(OverModel):
         in `state_dict`, if given, determine the targets.
         """
         self._check_new_adapter_config(config)
-        matching.check_name(self.model, name, config)
+        matching.check_name(name, config)
         active, config = self.active_adapters, matching.with_own_targets(self.model, config, self.target_module_mapping)
         asked = config if state_dict is None else matching.config_for_keys(self.model, config, state_dict)
         asked, found = for_attaching(self.model, asked)
@@ -276,11 +276,7 @@ class BaseTuner(OverModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
-        self,
-        *_: Any,
-        adapter_names: Sequence[str] | None = None,
-        alora_offsets: Offsets | None = None,
-        **__: Any,
+        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Offsets | None = None, **__: Any
     ) -> Iterator[None]:
         """Assign an adapter to each batch row within a context, for programs that use a tuner without a wrapper."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)

@@ -58,15 +58,11 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     return next((key for key in pattern_keys if re.match(rf".*\.?({key})$", key_to_match)), key_to_match)
 
 
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_input_embeddings", None)
-    return getter() if callable(getter) else None
-
-
 def names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Return the sorted paths of modules that share the input embedding weight, or [] if the config disables tying."""
     user = user_model(model)
-    embedding = _input_embedding(user)
+    getter = getattr(user, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
     weight = getattr(embedding, "weight", None)
     if weight is None or not getattr(getattr(user, "config", None), "tie_word_embeddings", True):
         return []

@@ -52,10 +52,7 @@ def convert_peft_config_for_transformers(
 
 
 def convert_peft_adapter_state_dict_for_transformers(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    adapter_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
+    model: nn.Module, peft_config: LoraConfig, adapter_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> Mapping[str, Tensor]:
     """Return an adapter's tensors with the separate experts of transformers 4 fused.
 
@@ -79,9 +76,7 @@ def get_model_conversion_mapping(model: nn.Module) -> list[Rule]:
 
 
 def build_peft_weight_mapping(
-    weight_conversions: Iterable[Rule] | None,
-    adapter_name: str,
-    peft_config: LoraConfig | None = None,
+    weight_conversions: Iterable[Rule] | None, adapter_name: str, peft_config: LoraConfig | None = None
 ) -> list[Rule]:
     """Return rules with which transformers' loader reads an adapter's tensors.
 

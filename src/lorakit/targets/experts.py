@@ -98,15 +98,10 @@ def with_fused_targets(
     parameters: Sequence[BareParameter],
 ) -> LoraConfig:
     """Return a config that targets parameters, by their old names, and modules; no pattern is evaluated."""
+    limits = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
     plain = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
     converted = _converted(layout, plain, _Found(dict(parts), modules=set(modules)), _held(layout, parameters))
-    return dataclasses.replace(
-        config,
-        target_modules=converted.target_modules,
-        target_parameters=converted.target_parameters,
-        rank_pattern=converted.rank_pattern,
-        alpha_pattern=converted.alpha_pattern,
-    )
+    return dataclasses.replace(converted, **limits)
 
 
 def _held(layout: ExpertsLayout, parameters: Sequence[BareParameter]) -> list[BareParameter]:
