@@ -98,9 +98,14 @@ BERT = Architecture(
     targets=("query", "value"),
 )
 
-_T5_ATTENTION = Sublayer("layer_norm", "SelfAttention", dropout="dropout")
-_T5_FEED_FORWARD = Sublayer("layer_norm", "DenseReluDense", dropout="dropout")
-_T5_PROJECTIONS = AttentionLayout(("q", "k", "v"), "o")
+T5_BLOCK = Block(
+    Sublayer("layer_norm", "SelfAttention", dropout="dropout"),
+    Sublayer("layer_norm", "DenseReluDense", dropout="dropout"),
+    AttentionLayout(("q", "k", "v"), "o"),
+    FeedForwardLayout(("wi",), "wo", inner_dropout="dropout"),
+    is_split=True,
+)
+_MT5_GATED = FeedForwardLayout(("wi_0", "wi_1"), "wo", inner_dropout="dropout", is_gated=True, saved=3)
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     LLAMA,
@@ -198,29 +203,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             norm="layer",
         ),
     ),
-    Architecture(
-        "t5",
-        models=("T5ForConditionalGeneration",),
-        block=Block(
-            _T5_ATTENTION,
-            _T5_FEED_FORWARD,
-            _T5_PROJECTIONS,
-            FeedForwardLayout(("wi",), "wo", inner_dropout="dropout"),
-            is_split=True,
-        ),
-        model_types=("t5",),
-        targets=("q", "v"),
-    ),
+    Architecture("t5", models=("T5ForConditionalGeneration",), block=T5_BLOCK, model_types=("t5",), targets=("q", "v")),
     Architecture(
         "mt5",
         models=("MT5ForConditionalGeneration",),
-        block=Block(
-            _T5_ATTENTION,
-            _T5_FEED_FORWARD,
-            _T5_PROJECTIONS,
-            FeedForwardLayout(("wi_0", "wi_1"), "wo", inner_dropout="dropout", is_gated=True, saved=3),
-            is_split=True,
-        ),
+        block=replace(T5_BLOCK, feed_forward_modules=_MT5_GATED),
         model_types=("mt5",),
         targets=("q", "v"),
     ),
