@@ -74,7 +74,8 @@ def _given_tensors(model: nn.Module, adapter: str, values: Mapping[str, Tensor])
         else:
             found[on_disk] = values[key]
     if missing:
-        text = f"`state_dict` lacks {len(missing)} tensors of adapter {adapter!r}, such as {', '.join(missing[:4])}."
+        lacks = f"lacks {len(missing)} of the {len(found) + len(missing)} tensors of adapter {adapter!r}"
+        text = f"`state_dict` {lacks}: {', '.join(missing[:4])}."
         warn_caller(f"{text} Pass the model's complete state dict with unchanged names.")
     return found
 
