@@ -83,15 +83,15 @@ def test_targets_of_a_wrapped_model_may_have_its_prefix(targets: str | list[str]
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    "fields",
     [
-        ({"target_modules": ["head"], "modules_to_save": ["mine"]}, r"ModulesToSaveWrapper.*layer\.Linear.*'mine'"),
-        ({"target_modules": ["words"], "trainable_token_indices": {"mine": [1]}}, r"TrainableTokens.*layer\.Embedding"),
+        {"target_modules": ["head"], "modules_to_save": ["mine"]},
+        {"target_modules": ["words"], "trainable_token_indices": {"mine": [1]}},
     ],
 )
-def test_an_adapter_is_not_named_like_a_module_that_it_trains(fields: dict[str, Any], words: str) -> None:
+def test_an_adapter_is_not_named_like_a_module_that_it_trains(fields: dict[str, Any]) -> None:
     base = nn.ModuleDict({"words": nn.Embedding(5, 4), "head": nn.Linear(4, 2)})
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match="name, 'mine', is also the name of a module") as caught:
         get_peft_model(base, LoraConfig(**fields), "mine")
     assert caught.value.what == "mine" and caught.value.field in fields
     assert type(base["head"]) is nn.Linear and type(base["words"]) is nn.Embedding
