@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,13 +273,13 @@ def test_an_encoder_decoder_is_rejected(model_directory: Callable[..., Path]) ->
 def test_a_ranking_needs_two_texts() -> None:
     """Of one text, every ranking is perfect; of two, the metric is that of sentence-transformers."""
 
-    def found(*ids: int) -> dict[str, Any]:
+    def found(*ids: int, scale: float = 1.0) -> dict[str, Any]:
         make, count = TASKS["embedding"].objective(Target("pairs")).meter, len(ids)
         assert make is not None
         meter = make()
         second = torch.tensor(ids)[:, None]
         extra = {"input_ids_1": second, "attention_mask_1": torch.ones_like(second)}
-        vectors = torch.eye(2)[[n % 2 for n in range(count)]]
+        vectors = torch.eye(2)[[n % 2 for n in range(count)]] * scale
         meter.add(
             Batch(second, torch.ones_like(second), torch.tensor([]), 0.0, count, count, extra),
             torch.stack([vectors, vectors]),
@@ -286,6 +287,8 @@ def test_a_ranking_needs_two_texts() -> None:
         return dict(meter.result())
 
     assert found(5, 6) == {"ndcg@10": 1.0}
+    for nothing in (0.0, float("nan")):  # embeddings that tell nothing apart: the text wanted is the last
+        assert found(5, 6, scale=nothing)["ndcg@10"] == pytest.approx(1 / math.log2(3))
     for ids in ((5,), (5, 5)):
         assert "at least 2 different" in str(found(*ids)["ndcg@10"])
 

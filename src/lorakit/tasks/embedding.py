@@ -307,7 +307,7 @@ def _gains(queries: Tensor, results: Tensor, wanted: Tensor) -> Tensor:
     ranks = list[Tensor]()
     for part, number in zip(queries.split(_COMPARED), wanted.split(_COMPARED), strict=True):
         similar = part @ results.T
-        ranks.append((similar >= similar.gather(1, number[:, None])).sum(1))
+        ranks.append((~(similar < similar.gather(1, number[:, None]))).sum(1))  # NaN is last, too
     rank = torch.cat(ranks)
     return torch.where(rank <= _RANKED, 1 / torch.log2(1 + rank), 0.0)
 
