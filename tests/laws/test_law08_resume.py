@@ -30,7 +30,7 @@ from lorakit import core
 from lorakit.errors import LorakitError
 from lorakit.train import trainer
 from lorakit.train.files import checkpoint, run_folder
-from lorakit.train.loop import evaluation, loop
+from lorakit.train.loop import loop
 from lorakit.train.settings.settings import TrainSettings
 
 sys.modules["matplotlib.figure"] = None  # no plot: it costs more than the run
