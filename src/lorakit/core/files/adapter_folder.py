@@ -135,9 +135,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         else:
             if _identities(folder) == before:
                 return files
-    raise file_error(
-        folder, "the files changed while they were being read. Retry when no other process is writing to the directory."
-    )
+    raise file_error(folder, "the files changed while they were being read; retry when no process writes to them.")
 
 
 def _read_once(folder: Path) -> AdapterFiles:
@@ -145,11 +143,8 @@ def _read_once(folder: Path) -> AdapterFiles:
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
-        raise file_error(
-            folder,
-            "the weights are a pickle (adapter_model.bin), which can run code and is never loaded. Convert it to "
-            f"{WEIGHTS_FILE} with the program that wrote it.",
-        )
+        problem = f"the weights are a pickle (adapter_model.bin), which is never loaded; convert it to {WEIGHTS_FILE}."
+        raise file_error(folder, problem)
     file = _unwrapped(read_tensors(weights))
     values, interrupted = _valid_values(folder)
     sidecar = Sidecar(interrupted=interrupted)
@@ -344,20 +339,13 @@ def _checked(path: Path, value: JsonValue) -> JsonObject:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _not_valid(path, "not a JSON object with a format_version")
     if version > FORMAT_VERSION:
-        raise file_error(
-            path,
-            f"format {version} is newer than format {FORMAT_VERSION}, the latest that this version can read. Update "
-            "lorakit, or remove the file to load the adapter unverified.",
-        )
+        raise _not_valid(path, f"format {version} is newer than format {FORMAT_VERSION}, the latest one that is known")
     hashes = [as_object(values.get(key)).get("sha256") for key in ("weights", "config")]
     if version >= SEALED_SINCE and not (
         durable.is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)
     ):
-        raise file_error(
-            path,
-            f"damaged or edited: its {SEAL} does not match its content. Restore it from a copy, or remove it to "
-            f"load the adapter unverified, with the alphas from {CONFIG_FILE}.",
-        )
+        problem = "damaged or edited; restore it from a copy, or remove it to load the adapter unverified."
+        raise file_error(path, problem)
     return values
 
 
@@ -386,20 +374,13 @@ def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     """Return why the weights cannot be verified, or None if lorakit wrote them and they are unchanged."""
     written = file.metadata.get(METADATA_KEY, "")
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
-        raise file_error(
-            path,
-            f"written in format {written}, but {SIDECAR_FILE} is in format {sidecar.format_version}: damaged, or from "
-            f"another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load the adapter unverified.",
-        )
+        problem = f"written in format {written}, but {SIDECAR_FILE} is in format {sidecar.format_version}; restore it."
+        raise file_error(path, problem)
     if file.sha256 in sidecar.weights_sha256:
         return None
     if sidecar.present and METADATA_KEY in file.metadata:
-        raise file_error(
-            path,
-            f"damaged: its SHA-256 is {file.sha256[:12]}…, but was "
-            f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}… when the file was written. Restore the file from a "
-            "copy.",
-        )
+        known = "".join(sidecar.weights_sha256[:1])[:12] or "none"
+        raise file_error(path, f"damaged: its SHA-256 is {file.sha256[:12]}…, not {known}…; restore it from a copy.")
     if sidecar.present:
         return "the weights were rewritten by another program, so they cannot be verified"
     return f"there is no {SIDECAR_FILE}, so the weights cannot be verified"
