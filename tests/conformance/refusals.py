@@ -87,7 +87,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "BD-LoRA's blocks and QA-LoRA's A have other shapes than A and B that are made of the base or the data",
         lambda cell: variant_named(cell.variant).parts.shapes is not None and not cell.rules.takes_any_shape,
-        "needs A and B in their standard shapes, and (BD-LoRA|QA-LoRA) uses other shapes",
+        "needs A and B in their standard shapes, (and|unlike) (BD-LoRA|QA-LoRA)",
     ),
     Refusal(
         "KaSA changes the base itself",
@@ -107,7 +107,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "an init's residual of a quantized weight would have to be requantized",
         lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTIZED,
-        "but the weight is quantized|does not support quantized models",
+        "but the weight is quantized|does not support quantized modules",
     ),
     Refusal(
         "a computed weight cannot be written; peft changes the tensors of its parametrization",

@@ -235,7 +235,7 @@ def test_what_lora_ga_refuses_and_leaves(tmp_path: Path) -> None:
             preprocess_loraga(asked, config, never, path)
         assert not any(hasattr(module, "_peft_loraga_grad") for module in asked.modules())
 
-    refused("initialize the LoraConfig with init_lora_weights='lora_ga'", ours.LoraConfig(target_modules=["up"]))
+    refused("initialize the LoraConfig with lora_ga_config", ours.LoraConfig(target_modules=["up"]))
     refused("No supported layers found for LoRA-GA", ga(ours, ["0"]), nn.Sequential(nn.Embedding(4, 4)))
     with pytest.raises(
         ConfigError, match="`_peft_loraga_grad` attribute not found for layer, please run `preprocess_l"

@@ -7,6 +7,7 @@ may differ by the rounding of another machine; those of other tables must be equ
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def find(symbol: str) -> tuple[ast.Module, ast.AST]:
                 break
         else:
             return tree, node
-        if split + 1 == len(words) and path.name == "__init__.py" and words[-1] in path.read_text(encoding="utf-8"):
+        if split + 1 == len(words) and hasattr(importlib.import_module(".".join(words[:split])), words[-1]):
             return tree, tree  # a name of the package's face
     raise LookupError(symbol)
 

@@ -91,6 +91,6 @@ def test_a_base_without_bias_has_no_place_for_it() -> None:
 
 def test_where_b_has_no_output_it_is_refused() -> None:
     made = nn.Sequential(nn.Embedding(4, 3))
-    with pytest.raises(ConfigError, match="0: lora_bias does not support Embedding"):
+    with pytest.raises(ConfigError, match="0: lora_bias=True is not supported for Embedding"):
         attach(made, LoraConfig(target_modules=["0"], lora_bias=True))
     assert isinstance(made[0], nn.Embedding)

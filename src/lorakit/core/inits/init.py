@@ -86,7 +86,8 @@ class InitContext:
     def collected(self) -> Mapping[str, Tensor]:
         """Return this site's statistics as a dict from name to tensor (…) on its device, or raise a ConfigError."""
         if self.statistics is None:
-            text = "nothing was collected for this site; pass the result of lorakit.core.collect_for as `statistics`."
+            name = self.config.init_lora_weights
+            text = f"init_lora_weights={name!r} needs data, but nothing was collected for this site (collect_for)."
             raise self.error(text, field="init_lora_weights")
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
 
