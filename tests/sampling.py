@@ -3,8 +3,8 @@
 The axes of a test function are its `parametrize` marks, so a hand-written table is one axis and stays whole. If one
 mark holds a product, the mark `axes` names the axes instead, as paths of attributes. The sample has each value of each
 axis and each pair of values that occurs, but of a function marked costly, whose cases take seconds, only one, or as
-many as the mark says. It has no case marked slow, and is drawn again each day; `--cases-seed` repeats the sample of a
-day. The tenths do not depend on the seed, so the sample of any day and the ten tenths are all cases.
+many as the mark says, which may be none. It has no case marked slow, and is drawn again each day; `--cases-seed`
+repeats the sample of a day. The tenths do not depend on the seed, so the sample of any day and the ten tenths are all cases.
 """
 
 from __future__ import annotations

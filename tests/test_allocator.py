@@ -104,6 +104,7 @@ def test_the_memory_of_the_largest_tensors_is_returned() -> None:
     assert left < 32 << 20
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(not GLIBC, reason="glibc alone")
 @pytest.mark.parametrize(("setting", "is_returned"), [("return_large_blocks", True), ("keep_large_blocks", False)])
 def test_gathered_weights_of_a_sharded_base_are_returned(setting: str, is_returned: bool) -> None:

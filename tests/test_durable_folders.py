@@ -208,6 +208,7 @@ def test_a_sweep_before_the_exchange_removes_what_was_not_finished(tmp_path: Pat
     assert files(tmp_path) == {} and (tmp_path / "folder").is_dir()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("how", ["error", "kill"])
 def test_a_published_folder_that_replaces_another_is_old_or_new(how: How, exchange: bool, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def ran_own_forward(call: Any) -> bool:
     return bool(entered)
 
 
+@pytest.mark.costly(cases=0)
 def test_every_case_gets_a_row(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["runner"], "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench_layer_call.py", "--rounds", "2", "--calls", "1"])

@@ -50,13 +50,16 @@ def test_slow(): ...
 @pytest.mark.parametrize("x", range(6))
 def test_costly(x): ...
 
+@pytest.mark.costly(cases=0)
+def test_costly_alone(): ...
+
 @pytest.mark.costly
 @pytest.mark.parametrize("x", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_costly_and_slow(x): ...
 
 def test_alone(): ...
 """
-ALL = 60 + 60 + 16 + 20 + 40 + 1 + 6 + 3 + 1
+ALL = 60 + 60 + 16 + 20 + 40 + 1 + 6 + 3 + 1 + 1
 
 
 def product(draw: random.Random) -> list[dict[str, Hashable]]:
@@ -152,6 +155,8 @@ def test_a_costly_function_has_a_few_cases_each_day(choose: Choose) -> None:
     assert {tuple(of("test_costly_and_slow", day)) for day in days} == {
         (f"test_costly_and_slow[{number}]",) for number in (0, 2)
     }
+    assert not any("test_costly_alone" in day for day in days)
+    assert any("test_costly_alone" in choose(f"rest:{tenth}", 1) for tenth in range(10))
 
 
 @pytest.mark.parametrize("wrong", ["some", "rest:10", "rest", "sample+", ""])

@@ -57,6 +57,7 @@ def test_an_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "loading libraries: 0 s\n" in terminal.getvalue()
 
 
+@pytest.mark.costly(cases=0)
 def test_nothing_is_said_while_something_else_is_written() -> None:
     with watching("lorakit eval", 1.5) as terminal:
         for write in (write_line, partial(write_line, stream=sys.stderr), write_model_text):

@@ -51,6 +51,7 @@ def test_form() -> None:
         assert set(row["releases"]) <= set(KNOWN.releases)
 
 
+@pytest.mark.costly(cases=0)
 def test_every_listed_class_of_the_installed_release_is_known() -> None:
     """If this test fails after an update of transformers: run scripts/known_forwards.py and review its diff."""
     installed = numbers(metadata.version("transformers"))

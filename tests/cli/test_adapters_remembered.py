@@ -41,6 +41,7 @@ def said(capsys: Any) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.costly(cases=0)
 def test_the_base_and_the_length_are_those_of_the_adapter(
     call: Call, tiny_model_directory: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -120,6 +121,7 @@ def test_columns_are_those_of_training(call: Call, bert: Path, tmp_path: Path, c
     assert "text from 'body', label from 'stars'" in captured.err
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("streamed", [(), ("--streaming", "on")], ids=["whole", "streamed"])
 def test_an_adapter_is_trained_further_on_its_columns(
     streamed: tuple[str, ...], call: Call, bert: Path, tmp_path: Path, capsys: Any

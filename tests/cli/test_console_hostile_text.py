@@ -211,6 +211,7 @@ NAME = "MARK\x1b]0;own\x07\x9b31m\x7f\r\u202egpj\u2066"
 """Characters that the name of a file may have."""
 
 
+@pytest.mark.costly(cases=0)
 def test_names_of_files_and_labels_in_a_terminal(
     tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_command_takes_an_adapter_on_the_hub(
         assert (tmp_path / "new" / "chat_template.jinja").read_text() == "own template"
 
 
+@pytest.mark.costly(cases=0)
 def test_a_classifier_on_the_hub_predicts(
     hub: StoredHub, tmp_path: Path, save_adapter: Save, tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def by_hand(directory: Path, adapter: Path, quantize: Callable[[Any, list[int]],
     return str(tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+@pytest.mark.costly(cases=0)
 @needs_units
 def test_the_scales_of_the_run_that_trained_the_adapter(
     tmp_path: Path, wide_model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -76,6 +76,7 @@ def test_the_greedy_answer_is_the_unmerged_one(
     assert base != text and not merged
 
 
+@pytest.mark.costly(cases=0)
 def test_by_itself_where_it_is_exact_and_enough_tokens_may_come(
     loud_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -746,6 +746,7 @@ def test_allocated_ranks_are_in_the_adapter_and_within_the_budget(
     assert scales == {8.0}
 
 
+@pytest.mark.costly(cases=3)
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica"])
 def test_inits(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], init: str) -> None:
     assert train(init_lora_weights=init, r=3 if init == "lora_ga" else 4) == 0

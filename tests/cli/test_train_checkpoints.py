@@ -93,7 +93,7 @@ def _keys(values: Any) -> Any:
     }
 
 
-@pytest.mark.costly(cases=1)
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "cell",
     [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW_CELLS)],

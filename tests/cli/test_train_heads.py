@@ -85,7 +85,7 @@ QUANTIZED_BASES = [
 """Every format on every base; each format is in `make test` with one of them."""
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(("base", "quantization", "package"), QUANTIZED_BASES)
 def test_a_new_head_on_a_quantized_base(
     base: str, quantization: str, package: str, reviews: Path, call: Call, tmp_path: Path, capsys: Any, request: Any

@@ -241,6 +241,7 @@ def embedding_model(folder: Path) -> Path:
     return folder.with_name("embeds")
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of sentence-transformers about its own files
 @pytest.mark.parametrize("is_saved", [False, True], ids=["plain", "with modules"])
 def test_embeddings(is_saved: bool, bert: Path, call: Callable[..., int], tmp_path: Path, capsys: Any) -> None:

@@ -56,6 +56,7 @@ def _compiles(key: str) -> bool:
 _KEY = st.one_of(_PATH, st.lists(_PIECE, min_size=1, max_size=5).map("".join)).filter(_compiles)
 
 
+@pytest.mark.costly(cases=0)
 @settings(max_examples=1000, deadline=None)
 @given(st.lists(_KEY, max_size=4, unique=True), _PATH)
 def test_the_first_key_that_fits_is_that_of_peft(keys: list[str], path: str) -> None:

@@ -81,6 +81,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("length", [2, 7, 64])
 def test_files_give_the_sequences_that_the_records_give_in_memory(
     length: int, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch

@@ -68,6 +68,7 @@ def test_the_page_has_ten_examples() -> None:
     assert [section.split(".")[0] for section in SECTIONS] == [str(number) for number in range(1, 11)]
 
 
+@pytest.mark.costly(cases=0)
 def test_all_commands_run(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_dropout_has_no_parameters_and_bias_none_adds_none() -> None:
     assert 811_008 - 442_368 == 12 * 8 * (3072 + 768)  # the MLP's c_proj, which the name takes too
 
 
+@pytest.mark.costly(cases=0)
 def test_the_checkpoint_of_nine_megabytes_is_the_adapter_three_times() -> None:
     """`torch.save` of adapter and AdamW state: 9.8 MB, which a program that divides by 1024² calls 9.4."""
     model = GPT2LMHeadModel(GPT2Config(n_positions=8))

@@ -24,6 +24,7 @@ def without_comments(code: str) -> list[str]:
     return [line.partition("#")[0].rstrip() for line in code.splitlines()]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("number", [1, 2])
 def test_python_blocks_run(number: int, tmp_path: Path) -> None:
     code = blocks("README.md", "python")[number]
@@ -33,6 +34,7 @@ def test_python_blocks_run(number: int, tmp_path: Path) -> None:
         assert promised in done.stdout
 
 
+@pytest.mark.costly(cases=0)
 def test_the_trl_example_trains_with_sft_and_dpo(tmp_path: Path, tiny_model_directory: Path) -> None:
     pytest.importorskip("trl")
     code = blocks("docs/from-peft.md", "python")[1]

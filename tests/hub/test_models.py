@@ -127,6 +127,7 @@ def test_hashes_know_what_decides_and_nothing_else(tiny_model_directory: Path, t
     assert chat_template_hash(again) is None
 
 
+@pytest.mark.costly(cases=0)
 def test_a_model_of_the_hub_s_cache_loads_offline(tiny_model_directory: Path, tmp_path: Path) -> None:
     entry = tmp_path / "hf" / "hub" / "models--some--tiny"
     shutil.copytree(tiny_model_directory, entry / "snapshots" / "0123abcd")

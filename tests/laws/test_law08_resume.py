@@ -169,7 +169,7 @@ def _check(whole: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
         assert found["left"] == [], where
 
 
-@pytest.mark.costly(cases=1)
+@pytest.mark.costly
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(
     "kills",
@@ -219,7 +219,7 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
     _check(whole["whole"], outcomes)
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(
     "more",
     [
@@ -260,7 +260,7 @@ def test_killed_with_other_settings(tmp_path: Path, tiny_model_directory: Path, 
     _check(whole["whole"], outcomes)
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
 def test_killed_while_streaming_a_table(tmp_path: Path, tiny_model_directory: Path, suffix: str) -> None:
     """Several epochs of a file of rows; the position is a byte offset in the middle of a file, or a row number."""

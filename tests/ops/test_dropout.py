@@ -102,6 +102,7 @@ def test_a_tensor_in_any_strides_is_taken_as_it_reads() -> None:
     assert x.min() == 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("p", [0.05, 0.5, 5e-4])
 def test_without_kernels_the_law_is_the_same(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Count and gaps of both: a mean distance of (1 − p)/p between neighbors, and its variance (1 − p)/p²."""

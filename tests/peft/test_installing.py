@@ -115,6 +115,7 @@ def interpret(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.costly(cases=0)
 def test_names_and_modules_are_the_same_objects() -> None:
     done = interpret(IDENTITY)
     assert done.returncode == 0, done.stderr

@@ -103,6 +103,7 @@ def test_what_does_not_exist(name: str) -> None:
         import_module("lorakit.peft.utils.hotswap.nothing")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("statement", "value", "expected"),
     [
@@ -125,6 +126,7 @@ def test_importing_a_path_loads_no_torch(statement: str) -> None:
     assert run(f"import sys; {statement}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))") == "[]"
 
 
+@pytest.mark.costly(cases=0)
 def test_a_path_can_be_reloaded_and_the_package_keeps_its_modules() -> None:
     code = """
 import importlib, sys
@@ -160,7 +162,7 @@ def test_classes_and_functions_are_pickled_by_reference(taken: Any) -> None:
     assert pickle.loads(pickle.dumps(value)) is value
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(
     ("path", "name"),
     [

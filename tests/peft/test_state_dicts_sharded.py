@@ -22,6 +22,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.costly(cases=0)
 def test_adapters_are_trained_saved_and_loaded_whole(tmp_path: Path) -> None:
     assert run("sharded_states", tmp_path, peft=True, links=tmp_path / "links", processes=2) == WAYS
 

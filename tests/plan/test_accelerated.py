@@ -158,6 +158,7 @@ def test_upcast_matmuls_keep_their_low_rank_activations_in_fp32() -> None:
     assert planned.transient - narrow.transient == 4 * job.batch_tokens * 2 * (shape.intermediate + shape.hidden)
 
 
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize("recompute", ["none", "feed-forward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])

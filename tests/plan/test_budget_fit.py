@@ -26,6 +26,7 @@ def test_all_settings_have_the_same_rows_per_step(accelerated: bool, ways: int) 
     assert (made[-1].job.batch_rows, made[-1].job.recompute) == (1, "layers")
 
 
+@pytest.mark.costly(cases=0)
 def test_a_smaller_limit_selects_a_smaller_and_slower_setting() -> None:
     limits = sorted({needed_bytes(plan) for plan in by_cost(planned())}, reverse=True)
     chosen = [fitting(planned(), limit)[0] for limit in limits]

@@ -61,6 +61,7 @@ def test_a_quantized_base_is_not_sharded() -> None:
     assert "--nproc" not in str(caught.value) and "--quantization" not in str(caught.value)
 
 
+@pytest.mark.costly(cases=0)
 def test_what_would_fit_is_named_and_fits() -> None:
     plan, cluster = planned("Llama-3.1-70B", batch_rows=8, length_tokens=2048), Cluster(8)
     with pytest.raises(ConfigError) as caught:
@@ -78,6 +79,7 @@ def test_what_would_fit_is_named_and_fits() -> None:
     assert "ddp needs at least" in str(caught.value) and "fsdp" not in str(caught.value)
 
 
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(("rows", "limit"), [(1, 24), (8, 24)])
 def test_more_processes_are_suggested_if_they_help(rows: int, limit: int) -> None:
     plan, size = planned("Llama-3.1-70B", batch_rows=rows), limit * 1_000_000_000

@@ -136,6 +136,7 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_model_itself(name: str) -> No
     assert abs(float(ours[0]) - float(truth[0])) <= 1.5 * abs(float(theirs[0]) - float(truth[0])) + 2e-3
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_of_the_base_has_the_same_law(name: str) -> None:
     """Mean and spread of the loss over draws, with and without dropout of the adapters; in eval mode nothing is drawn."""

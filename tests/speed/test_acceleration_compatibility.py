@@ -101,7 +101,7 @@ def test_a_whole_graph_without_more_compiling_than_the_plain_model() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.costly(cases=1)
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize("logits", [True, False])
 def test_a_compiled_step_has_the_same_gradients(logits: bool) -> None:
     torch._dynamo.reset()

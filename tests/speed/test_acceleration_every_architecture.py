@@ -97,7 +97,7 @@ def built(architecture: Architecture, *, whole: bool) -> list[Sweep]:
         pytest.skip(str(failed))
 
 
-@pytest.mark.costly(cases=5)
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in SAMPLE], ids=lambda one: one.name)
 def test_a_sample_of_architectures(architecture: Architecture) -> None:
     for sweep in built(architecture, whole=False):

@@ -187,7 +187,7 @@ DRAWS = 100
 WITH_DROPOUT = [bert_dropping, distilbert_dropping, neox_dropping, opt_dropping, t5_dropping, flan_t5_dropping]
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize("make", WITH_DROPOUT)
 def test_dropout_has_the_same_law(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and spread of the loss over draws, and no draw in eval mode; PyTorch's own dropout does not run."""

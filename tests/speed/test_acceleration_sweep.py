@@ -28,6 +28,7 @@ class OneFieldLost(Sweep):
         return super().fast(given, dtype)
 
 
+@pytest.mark.costly(cases=0)
 def test_a_field_that_is_ignored_is_found() -> None:
     sweep = OneFieldLost(MISTRAL, small_settings(*MISTRAL))
     check_fields(sweep)

@@ -140,6 +140,7 @@ def test_both_checkpoint_modes(name: str, reentrant: bool, rows_seen: list[int |
     assert rows_seen == [None, 8, 8, None]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["llama", "gpt2_dropping"])
 def test_dropout_has_the_same_law(name: str, rows_seen: list[int | None]) -> None:
     model = adapted(name, lora_dropout=0.3)
@@ -222,7 +223,7 @@ def test_only_the_thread_of_the_call_is_concerned(rows_seen: list[int | None]) -
     assert rows_seen[-1] == 8
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", ["layers", "model", "around"])
 def test_what_a_compiler_runs_gets_no_rows(part: str, rows_seen: list[int | None]) -> None:

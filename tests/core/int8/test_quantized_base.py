@@ -267,6 +267,7 @@ def test_the_file_of_the_original_weights_is_unmapped(tmp_path: Path) -> None:
     assert (logits(model) - before).norm() < 0.05 * before.norm()
 
 
+@pytest.mark.costly(cases=0)
 def test_processes_with_different_batches_get_the_same_weights(tmp_path: Path) -> None:
     for code, _, messages in end(begin([int8_process.__file__, str(tmp_path)], 2)):
         assert code == 0, messages

@@ -190,6 +190,7 @@ def _is_conditioned(layer: Any, name: str) -> bool:
     return bool((W.norm(dim=1) <= 4 * rows).all())
 
 
+@pytest.mark.costly(cases=4)
 @pytest.mark.parametrize("kind", DRAWN)
 @QUICK
 @given(data=st.data(), dtype=DTYPES, name=NAMES, rows=st.integers(1, 4))

@@ -76,7 +76,7 @@ def noisy(model: nn.Module) -> None:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.costly(cases=4)
+@pytest.mark.costly
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", WRAP)
 @pytest.mark.parametrize("name", FIELDS)

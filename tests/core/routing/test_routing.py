@@ -116,6 +116,7 @@ def test_a_new_adapter_is_not_active_by_itself() -> None:
     assert said(model) == found["a"]
 
 
+@pytest.mark.costly(cases=0)
 def test_eight_threads_four_adapters_five_hundred_calls() -> None:
     """No answer is another adapter's: each call is compared with the adapter's own bits."""
     model, found = answers()

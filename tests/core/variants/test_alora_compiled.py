@@ -78,6 +78,7 @@ def test_a_whole_graph_is_refused_with_a_sentence_and_plain_adapters_still_have_
     torch.testing.assert_close(compiled(IDS), model(IDS))
 
 
+@pytest.mark.costly(cases=0)
 @torch.no_grad()
 def test_a_block_for_it_in_a_model_that_was_compiled_for_another(model: nn.Module) -> None:
     activate(model, "plain")
@@ -92,6 +93,7 @@ def test_a_block_for_it_in_a_model_that_was_compiled_for_another(model: nn.Modul
             torch.testing.assert_close(compiled(moved(IDS, by)), model(moved(IDS, by)))
 
 
+@pytest.mark.costly(cases=0)
 @torch.no_grad()
 def test_threads_do_not_meet_in_a_compiled_model(model: nn.Module) -> None:
     compiled = torch.compile(model, backend="eager")
@@ -113,6 +115,7 @@ def test_threads_do_not_meet_in_a_compiled_model(model: nn.Module) -> None:
     assert not wrong
 
 
+@pytest.mark.costly(cases=0)
 @torch.no_grad()
 def test_a_transformers_model_and_its_steps_with_a_cache() -> None:
     model = LLAMA.model()

@@ -190,6 +190,7 @@ def test_merges_casts_and_changed_factors_are_seen_at_once(kind: Specimen) -> No
     assert sites(model)
 
 
+@pytest.mark.costly(cases=0)
 @torch.no_grad()
 def test_compiled_where_the_graph_may_break() -> None:
     model, given = with_adapters(LINEARS, "a", "b", use_dora=True), LINEARS.given()

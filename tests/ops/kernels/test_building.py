@@ -343,6 +343,7 @@ def test_another_processor_gets_a_library_of_its_own(tmp_path: Path, monkeypatch
     assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 2
 
 
+@pytest.mark.costly(cases=0)
 @needs_a_compiler
 def test_processes_that_build_at_once(tmp_path: Path) -> None:
     program = "\n".join(

@@ -138,6 +138,7 @@ def test_no_memory_for_low_rank_matmuls_is_a_memory_error(tmp_path: Path, cc: An
         torch.set_num_threads(before)
 
 
+@pytest.mark.costly(cases=0)
 @needs_gcc
 @pytest.mark.skipif("avx512_bf16" not in this_machine().features, reason="no bf16 dot products")
 def test_low_rank_matmuls_without_tile_registers(cc: Any) -> None:
@@ -165,6 +166,7 @@ def int8_parts(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return gain, torch.tensor([0, 5, width - 1]), q, scale, columns.to(dtype)
 
 
+@pytest.mark.costly(cases=0)
 @needs_gcc
 @pytest.mark.skipif("avx512_vnni" not in this_machine().features, reason="no int8 dot products")
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])

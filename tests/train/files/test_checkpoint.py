@@ -301,6 +301,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", ["new", "again"])
 def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new(tmp_path: Path, kind: str) -> None:

@@ -130,6 +130,7 @@ def test_another_config_of_the_base_is_evaluated(settings: dict[str, Any]) -> No
     assert not trained(settings)[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("damage", ["", "{", '{"format": 4, "scores": {}}', "changed"], ids=str)
 def test_a_damaged_file_is_ignored_and_replaced(settings: dict[str, Any], tmp_path: Path, damage: str) -> None:
     trained(settings)

@@ -85,6 +85,7 @@ def test_a_port_in_use(flags: list[str], tmp_path: Path, used_port: str) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.costly(cases=0)
 def test_a_killed_process(flags: list[str], tmp_path: Path) -> None:
     said_once(trained(flags, fault="kill 1"), "another process ended")
     folder = tmp_path / "run"

@@ -62,7 +62,7 @@ def test_a_run_equals_that_of_one_process_and_resumes(
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["resolved"]["accumulation"] == 2
 
 
-@pytest.mark.costly(cases=1)
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(
     "names", [("seed", "data"), ("output_dir", "fit"), ("model", "rows"), ("base", "nan")], ids="-".join
 )

@@ -71,6 +71,7 @@ def test_fifty_steps_with_accumulation_and_packing(
         assert one["packs"] == expected["packs"] is True
 
 
+@pytest.mark.costly(cases=0)
 def test_a_step_exchanges_values_twice_and_sums_one_bucket(
     trained: Callable[[int], list[dict[str, dict[str, Any]]]],
 ) -> None:

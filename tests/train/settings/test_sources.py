@@ -120,7 +120,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.costly(cases=6)
+@pytest.mark.costly(cases=2)
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("read", [gather_file, convert_file])
 def test_hostile_yaml_is_an_error_soon(read: Callable[[Path], Any], text: str, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_every_optimizer_steps_on_unscaled_gradients(
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
 
 
+@pytest.mark.costly(cases=0)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ def test_the_start_is_the_end_of_the_source(
         assert (parts / "checkpoint-3" / name).read_bytes() == (whole / "checkpoint-3" / name).read_bytes()
 
 
+@pytest.mark.costly(cases=0)
 def test_where_an_adapter_comes_from_is_recorded(run: Run, other: list[Path], tmp_path: Path) -> None:
     source = run("source")
     folder = further(run, "further", source, data=other)

@@ -34,7 +34,7 @@ def _sequences(count: int) -> list[Sequence]:
     return made
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize("tokens", [[1], [1, 2], [3, 3, 3]])
 def test_inactive_sequences_are_those_whose_loss_does_not_depend_on_the_adapter(tokens: list[int]) -> None:
     model = LLAMA.model().eval()

@@ -184,6 +184,7 @@ def test_a_missing_group_column(short_run: dict[str, Any], tmp_path: Path, mode:
     assert both.value.field == "group"
 
 
+@pytest.mark.costly(cases=0)
 def test_a_second_run_reads_its_tokens_from_the_cache(
     short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_run_with_the_same_start_reuses_the_calibration_bit_for_bit(
     assert len(calibrated) == 1
 
 
-@pytest.mark.costly
+@pytest.mark.costly(cases=0)
 @needs_units
 @pytest.mark.parametrize(
     "other",
@@ -123,6 +123,7 @@ def test_the_bound_of_the_loss_is_that_of_the_run(settings: dict[str, Any], tmp_
     assert caught.value.field == "int8_loss_bound"
 
 
+@pytest.mark.costly(cases=0)
 @needs_units
 def test_without_the_cache_nothing_is_kept_or_reused(
     settings: dict[str, Any], calibrated: list[core.Int8Base], tmp_path: Path
