@@ -30,7 +30,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,9 +160,11 @@ def run_cases(cases: Sequence[str], folder: Path) -> None:
     """Run cases on the source tree in a directory, until one fails, and write its id to a file there."""
     import pytest
 
-    def pytest_runtest_logreport(report: Any) -> None:
-        if report.failed:
-            (folder / "failed").write_text(report.nodeid)
+    class Failed:
+        @staticmethod
+        def pytest_runtest_logreport(report: Any) -> None:
+            if report.failed:
+                (folder / "failed").write_text(report.nodeid)
 
     os.setsid()
     os.chdir(ROOT)
@@ -173,7 +174,6 @@ def run_cases(cases: Sequence[str], folder: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     (folder / "cases").write_text("\n".join(cases))
-    plugin = SimpleNamespace(pytest_runtest_logreport=pytest_runtest_logreport)
     arguments = [
         "-q",
         "-x",
@@ -186,7 +186,7 @@ def run_cases(cases: Sequence[str], folder: Path) -> None:
         "ignore:Module already",
         f"@{folder / 'cases'}",
     ]
-    os._exit(pytest.main(arguments, plugins=[plugin]))
+    os._exit(pytest.main(arguments, plugins=[Failed()]))
 
 
 def detecting(cases: Sequence[str], folder: Path, limit: float) -> str | None:
