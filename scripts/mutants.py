@@ -38,6 +38,7 @@ PACKAGES = ("core", "ops", "speed", "train/loop", "data", "peft")
 QUICK = "not gpu and not net and not slow"
 SAMPLE_SEED = 20261202
 STARTING_SECONDS = 120
+INTERNAL_ERROR, NO_CASES = 3, 5  # exit codes of pytest
 VARIABLES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
 CONTEXT = multiprocessing.get_context("forkserver")
 """Processes in which what the tests import is already imported, but lorakit is not."""
@@ -106,10 +107,15 @@ def draw(number: int, seed: int) -> list[dict[str, Any]]:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Keep the seconds of each phase of each case, where `cover` runs this file as a plugin."""
-    if seconds := os.environ.get("MUTANTS_SECONDS"):
-        with Path(seconds).open("a") as file:
+    """Keep the seconds and the outcome of each phase of each case, where this file is a plugin of pytest."""
+    if reports := os.environ.get("MUTANTS_REPORTS"):
+        with Path(reports).open("a") as file:
             file.write(json.dumps([report.nodeid, report.duration, report.outcome]) + "\n")
+
+
+def read_lines(file: Path) -> list[Any]:
+    """Return the values of a file that has one JSON value in each line."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def pytest(*arguments: str, **environment: str) -> list[str]:
@@ -128,7 +134,7 @@ def cover(work: Path) -> None:
     settings.write_text(f"[run]\ndata_file = {work / 'coverage'}\nsource = lorakit\n")
     options = ["--cov=lorakit", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
     run = ["-p", "mutants", "-n", "2", "--dist", "worksteal", "-m", QUICK, *options]
-    subprocess.run(pytest(*run, MUTANTS_SECONDS=str(seconds)), cwd=ROOT, check=False)
+    subprocess.run(pytest(*run, MUTANTS_REPORTS=str(seconds)), cwd=ROOT, check=False)
 
 
 def executing(work: Path, file: str) -> dict[int, set[str]]:
@@ -157,18 +163,13 @@ def write_mutant(row: Mapping[str, Any], folder: Path) -> None:
 
 
 def run_cases(cases: Sequence[str], folder: Path) -> None:
-    """Run cases on the source tree in a directory, until one fails, and write its id to a file there."""
+    """Run cases on the source tree in a directory, until one fails, and keep their outcomes in a file there."""
     import pytest
-
-    class Failed:
-        @staticmethod
-        def pytest_runtest_logreport(report: Any) -> None:
-            if report.failed:
-                (folder / "failed").write_text(report.nodeid)
 
     os.setsid()
     os.chdir(ROOT)
-    os.environ |= {"PYTHONPATH": f"{folder / 'src'}{os.pathsep}{ROOT}", "HOME": str(folder)}
+    paths = f"{folder / 'src'}{os.pathsep}{ROOT}"
+    os.environ |= {"PYTHONPATH": paths, "HOME": str(folder), "MUTANTS_REPORTS": str(folder / "reports.jsonl")}
     sys.path[:0] = [str(folder / "src"), str(ROOT)]
     with (folder / "output").open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -186,14 +187,18 @@ def run_cases(cases: Sequence[str], folder: Path) -> None:
         "ignore:Module already",
         f"@{folder / 'cases'}",
     ]
-    os._exit(pytest.main(arguments, plugins=[Failed()]))
+    os._exit(pytest.main(arguments, plugins=[sys.modules[__name__]]))
 
 
 def detecting(cases: Sequence[str], folder: Path, limit: float) -> str | None:
-    """Return the case that fails first on the source tree in a directory, "does not end" or None."""
+    """Return the case that fails first on the source tree in a directory, "does not end" or None.
+
+    Raises:
+        RuntimeError: If pytest itself failed or ran nothing, which says nothing of the mutant.
+    """
     if not cases:
         return None
-    (folder / "failed").unlink(missing_ok=True)
+    (folder / "reports.jsonl").write_text("")
     process = CONTEXT.Process(target=run_cases, args=(cases, folder))
     process.start()
     process.join(limit)
@@ -203,19 +208,16 @@ def detecting(cases: Sequence[str], folder: Path, limit: float) -> str | None:
         return "does not end"
     if process.exitcode == 0:
         return None
-    return (folder / "failed").read_text() if (folder / "failed").exists() else f"pytest ended with {process.exitcode}"
-
-
-def read_list() -> list[dict[str, Any]]:
-    """Return the mutants of the list, with the results of those that were tested."""
-    return [json.loads(line) for line in LIST.read_text().splitlines()]
+    failed = [name for name, _, outcome in read_lines(folder / "reports.jsonl") if outcome == "failed"]
+    if not failed and process.exitcode in {INTERNAL_ERROR, NO_CASES}:
+        raise RuntimeError(f"pytest ended with {process.exitcode}: read {folder / 'output'}")
+    return failed[0] if failed else f"pytest ended with {process.exitcode}"
 
 
 def passing(work: Path) -> dict[str, float]:
     """Return the seconds of each case that `cover` ran without a failure."""
     seconds, broken = defaultdict[str, float](float), set[str]()
-    for line in (work / "seconds.jsonl").read_text().splitlines():
-        name, duration, outcome = json.loads(line)
+    for name, duration, outcome in read_lines(work / "seconds.jsonl"):
         seconds[name] += duration
         if outcome == "failed":
             broken.add(name)
@@ -224,7 +226,7 @@ def passing(work: Path) -> dict[str, float]:
 
 def test(work: Path, workers: int) -> None:
     """Test each mutant of the list that has no result, and add the results to the list."""
-    rows, seconds = read_list(), passing(work)
+    rows, seconds = read_lines(LIST), passing(work)
     os.environ |= VARIABLES
     CONTEXT.set_forkserver_preload(IMPORTED)
     sample = set(collected("--cases", "sample", "--cases-seed", str(SAMPLE_SEED)))
@@ -268,20 +270,18 @@ def mirrored(file: str, cases: Mapping[str, float]) -> set[str]:
 
 
 def table() -> str:
-    """Return what was detected, by package, and the list of what the sample loses."""
-    rows = read_list()
+    """Return what was detected of the mutants that were tested, by package, and the list of what the sample loses."""
+    rows = [row for row in read_lines(LIST) if "all" in row]
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         package = next(name for name in PACKAGES if row["file"].startswith(f"src/lorakit/{name}/"))
         for name in (package, "**all**"):
-            counts[name].update(
-                {"mutants": 1, "all": row.get("all") is not None, "sample": row.get("sample") is not None}
-            )
+            counts[name].update({"mutants": 1, "all": row["all"] is not None, "sample": row.get("sample") is not None})
     lines = ["| package | mutants | detected by all cases | by the sample | share |", "|---|---|---|---|---|"]
     for name, count in counts.items():
         share = count["sample"] / count["all"] if count["all"] else 1.0
         lines.append(f"| {name} | {count['mutants']} | {count['all']} | {count['sample']} | {share:.1%} |")
-    lost = [row for row in rows if row.get("all") and not row.get("sample")]
+    lost = [row for row in rows if row["all"] and not row.get("sample")]
     return "\n".join(lines + [f"- {row['file']}:{row['line']} {row['change']}: {row['all']}" for row in lost])
 
 

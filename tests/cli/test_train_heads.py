@@ -82,7 +82,7 @@ QUANTIZED_BASES = [
     for place, base in enumerate(("wide_model_directory", "wide_bert_directory"))
     for number, one in enumerate(FORMATS)
 ]
-"""Every format on every base; each format is in `make test` with one of them."""
+"""Every format on every base."""
 
 
 @pytest.mark.costly(cases=0)

@@ -27,7 +27,6 @@ def equal(first: list[Any], second: list[Any]) -> bool:
     )
 
 
-@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize("case", ["batches", "unseen experts", "no batch", "penalty"])
 def test_sums_have_the_bits_of_gradients_added_afterwards(outcomes: list[dict[str, Any]], case: str) -> None:
     first, second = (one[case] for one in outcomes)
