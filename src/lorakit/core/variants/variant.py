@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
@@ -300,9 +301,6 @@ class Variant:
         combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
             variant; None if the sum is plain LoRA; or why adapters with different values of `field` cannot be combined,
             such as "have different invocation tokens": if the values are equal, the result has the same value.
-        is_lora: Whether the variant differs from LoRA at most in its scale, so that stacked adapters and fused
-            operations support the variant.
-        is_held_as_lora: Whether the variant stores only A and B, in the kind's shapes.
     """
 
     name: str
@@ -319,14 +317,16 @@ class Variant:
     move: Move | None = None
     penalty: Penalty | None = None
     combine: Callable[[str, Sequence[Addend], Reading], Sum] | str | None = None
-    is_lora: bool = dataclasses.field(init=False)
-    is_held_as_lora: bool = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
-        is_held = not self.parts.extras and self.parts.shapes is None
-        alone = self.factors is None and self.down is None and self.output is None
-        object.__setattr__(self, "is_held_as_lora", is_held)
-        object.__setattr__(self, "is_lora", is_held and alone)
+    @cached_property  # read in each forward pass
+    def is_held_as_lora(self) -> bool:
+        """True if the variant stores only A and B, in the kind's shapes."""
+        return not self.parts.extras and self.parts.shapes is None
+
+    @cached_property
+    def is_lora(self) -> bool:
+        """True if only the scale may differ from LoRA's, so that stacked adapters and fused operations support it."""
+        return self.is_held_as_lora and self.factors is None and self.down is None and self.output is None
 
     @property
     def outlasts_a_cut(self) -> bool:
