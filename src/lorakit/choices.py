@@ -21,6 +21,9 @@ Bias = Literal["none", "all", "lora_only"]
 Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
+ExportFormatName = Literal["peft", "vllm", "sglang"]
+"""Names in `lorakit.export.FORMATS`."""
+
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)

@@ -1,0 +1,86 @@
+"""`lorakit export`: write an adapter for another runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_args
+
+from cyclopts import Parameter
+
+from lorakit.choices import ExportFormatName
+from lorakit.cli import console
+from lorakit.cli.adapters import NAME
+from lorakit.cli.early import adapter_folders, check_model, check_new_directory
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of `lorakit export`."""
+
+    output_dir: Annotated[
+        Path, Parameter(help="Directory for the export; new or empty, except for peft, vllm and sglang.")
+    ]
+    name: Annotated[
+        str | None, Parameter(help="Name of the adapter in requests. Default: that of its directory or run.")
+    ] = None
+    model: Annotated[
+        str | None,
+        Parameter(help="Base, of which gguf and mlx need the config. Default: the one that the adapter names."),
+    ] = None
+    served_base: Annotated[
+        str | None, Parameter(help="Base exactly as the runtime gets it (vLLM's --model). Default: the recorded name.")
+    ] = None
+    untested_architecture: Annotated[
+        bool, Parameter(negative=(), help="Accept an architecture that was not tested in the runtime.")
+    ] = False
+
+
+def run(
+    format: Annotated[ExportFormatName, Parameter(help=f"Runtime or format: {', '.join(get_args(ExportFormatName))}.")],
+    adapter: Annotated[str, Parameter(help=f"{NAME}, of lorakit or PEFT.")],
+    *,
+    flags: Annotated[Flags, Parameter(name="*")],
+    json: console.JsonFlag = False,
+) -> None:
+    """Write an adapter for another runtime, in a form from which that runtime computes the same answers.
+
+    The adapter is first converted to plain LoRA in fp32 with one rank and scale 1, from its files alone; what cannot be
+    converted exactly is rejected. Each export is named NAME@HASH12 after its content, and is never changed: caches of
+    other runtimes are keyed by name.
+
+    Raises:
+        AdapterError: The adapter has a part that the runtime cannot apply.
+        UsageError: The output directory has other files.
+    """
+    if flags.model is not None:
+        check_model(flags.model)
+    ((given, folder),) = adapter_folders([adapter]).items()
+    from lorakit.export import FORMATS, ExportRequest, check_name, common_form, export, name_of
+    from lorakit.session.spec import recorded_base, resolve_base
+
+    entry = FORMATS[format]
+    if not entry.is_library:
+        check_new_directory(flags.output_dir)
+    common = common_form(folder)
+    base = None
+    if entry.needs_base:
+        named = flags.model or recorded_base(common.folder, common.weights.config, common.weights.facts)
+        base = resolve_base(named, flags.model, given, console.note)
+    request = ExportRequest(
+        adapter=common,
+        name=check_name(flags.name or name_of(Path(folder))),
+        base=base,
+        served_base=flags.served_base,
+        allow_untested=flags.untested_architecture,
+    )
+    exported, target = export(format, request, flags.output_dir)
+    if json:
+        said = {"name": exported.name, "path": str(target), "commands": dict(exported.commands)}
+        console.emit_json({**said, "notes": list(exported.notes), "rank": common.rank})
+        return
+    for text in exported.notes:
+        console.note(text)
+    console.say(f"{given}: exported as {entry.title}, rank {common.rank}, to {target}")
+    for runtime, command in exported.commands.items():
+        console.say(f"\n{runtime}:\n  {command}")

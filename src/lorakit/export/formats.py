@@ -1,0 +1,62 @@
+"""`FORMATS`, the registry of what `lorakit export` writes, and the publication of one export."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.durable_folders import publish_directory
+from lorakit.errors import UsageError
+from lorakit.export.peft_folder import write_peft
+from lorakit.export.request import Exported, ExportRequest, versioned
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """What a runtime reads.
+
+    Attributes:
+        title: What is written, for messages.
+        write: Function that writes the files for a request to an empty directory.
+        needs_base: Whether the request must have the base, of which only the config is read.
+        is_library: Whether the output directory holds several exports, each in `NAME@HASH12`, instead of one.
+    """
+
+    title: str
+    write: Callable[[ExportRequest, Path], Exported]
+    needs_base: bool = False
+    is_library: bool = False
+
+
+_PEFT = ExportFormat("a PEFT adapter in the common form", write_peft, is_library=True)
+
+FORMATS: Mapping[str, ExportFormat] = {"peft": _PEFT, "vllm": _PEFT, "sglang": _PEFT}
+"""Name of a format or runtime -> its entry."""
+
+
+def export(name: str, request: ExportRequest, output: Path) -> tuple[Exported, Path]:
+    """Write an adapter in a format, and return what was written and its directory; an error leaves nothing.
+
+    An export that the output directory already has is left as it is.
+
+    Raises:
+        AdapterError: The adapter has a part that the runtime cannot apply.
+        UsageError: The output directory has another export of this name, or files.
+    """
+    entry = FORMATS[name]
+    if not entry.is_library:
+        with publish_directory(output) as folder:
+            return entry.write(request, folder), output
+    with tempfile.TemporaryDirectory() as draft:
+        exported = entry.write(request, Path(draft))
+        target = output / exported.name
+        if not target.exists():
+            with publish_directory(target) as folder:
+                shutil.copytree(draft, folder, dirs_exist_ok=True)
+        elif versioned(request.name, target) != exported.name:
+            text = f"{target}: exists and was changed after its export; remove it, or pass another --output-dir."
+            raise UsageError(text, where=target, field="output_dir")
+    return exported, target

@@ -1,0 +1,79 @@
+"""The specification of one export and its result, and the names under which other runtimes know an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.config import SIDECAR_FILE
+from lorakit.durable import sha256_bytes, sha256_file
+from lorakit.errors import UsageError
+from lorakit.export.common import CommonAdapter
+
+if TYPE_CHECKING:
+    from lorakit.hub import ModelSource
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One adapter to be exported.
+
+    Attributes:
+        base: The base, if it is known; formats that need its config reject a request without one.
+        served_base: The base as the runtime is started with it: vLLM compares the string.
+        allow_untested: Whether architectures that were not tested in the runtime are accepted.
+    """
+
+    adapter: CommonAdapter
+    name: str
+    base: ModelSource | None = None
+    served_base: str | None = None
+    allow_untested: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The result of an export.
+
+    Attributes:
+        name: `NAME@HASH12`, where the hash is that of everything that can change an answer.
+        commands: Runtime -> the command line that serves the adapter, with OUTPUT for the output directory.
+        notes: Messages for the user.
+    """
+
+    name: str
+    commands: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def check_name(name: str) -> str:
+    """Return a name if it is one that all runtimes accept in requests, paths and buckets, else raise a UsageError."""
+    if not NAME.fullmatch(name):
+        text = (
+            f"{name!r} cannot name an adapter; use up to 64 letters, digits, '.', '_' and '-', first a letter or digit."
+        )
+        raise UsageError(text, what=name, field="name")
+    return name
+
+
+def name_of(folder: Path) -> str:
+    """Return a name for an adapter: that of its directory, or of the run directory that contains it."""
+    folder = folder.resolve()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.parent.name if folder.name == "adapter" else folder.name).lstrip(
+        "._-"
+    )
+
+
+def versioned(name: str, folder: Path) -> str:
+    """Return `NAME@HASH12` for a directory, so that caches that are keyed by name never mix two contents.
+
+    The hash is over the files that can change an answer, which `lorakit.json` and the README cannot.
+    """
+    files = (file for file in folder.iterdir() if file.is_file() and file.name not in (SIDECAR_FILE, "README.md"))
+    lines = "".join(sorted(f"{file.name} {sha256_file(file)}\n" for file in files))
+    return f"{name}@{sha256_bytes(lines.encode())[:12]}"
