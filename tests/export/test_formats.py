@@ -13,7 +13,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, UsageError
-from lorakit.export import FORMATS, Exported, ExportRequest, check_name, common_form, export, name_of
+from lorakit.export import FORMATS, Exported, ExportRequest, check_name, export, name_of
 from lorakit.export.peft_folder import VLLM_RANKS, serving_commands
 
 
@@ -30,7 +30,7 @@ def saved(folder: Path, seed: int = 0, **settings: object) -> Path:
 
 
 def exported(folder: Path, output: Path, **fields: object) -> tuple[Exported, Path]:
-    return export("vllm", ExportRequest(common_form(folder), "notes", **fields), output)
+    return export("vllm", ExportRequest(core.common_form(folder), "notes", **fields), output)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,11 +80,11 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
 
 def test_vllm_gets_a_rank_that_it_accepts() -> None:
     for rank in range(1, 513):
-        command = serving_commands("n@0", "base", rank)["vllm"].split()
+        command = serving_commands("n@0", "base", rank)["vLLM"].split()
         limit = int(command[command.index("--max-lora-rank") + 1])
         assert limit >= rank and limit in VLLM_RANKS
         assert all(smaller < rank for smaller in VLLM_RANKS[1:] if smaller < limit)
-    assert "vllm" not in serving_commands("n@0", "base", 513)
+    assert "vLLM" not in serving_commands("n@0", "base", 513)
 
 
 @pytest.mark.parametrize(("folder", "name"), [("runs/notes/adapter", "notes"), ("legal v2", "legal-v2"), ("_x", "x")])

@@ -56,7 +56,8 @@ def run(
     if flags.model is not None:
         check_model(flags.model)
     ((given, folder),) = adapter_folders([adapter]).items()
-    from lorakit.export import FORMATS, ExportRequest, check_name, common_form, export, name_of
+    from lorakit.core import common_form
+    from lorakit.export import FORMATS, ExportRequest, check_name, export, name_of
     from lorakit.session.spec import recorded_base, resolve_base
 
     entry = FORMATS[format]
@@ -83,4 +84,4 @@ def run(
         console.note(text)
     console.say(f"{given}: exported as {entry.title}, rank {common.rank}, to {target}")
     for runtime, command in exported.commands.items():
-        console.say(f"\n{runtime}:\n  {command}")
+        console.say(f"\n{runtime}:\n{command}")

@@ -43,6 +43,7 @@ from lorakit.core.model.fingerprint import Fingerprint, fingerprint, weight_file
 from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
+from lorakit.core.operations.common_form import CommonAdapter, common_form
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
 from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
@@ -62,6 +63,7 @@ __all__ = [
     "AttachReport",
     "AwqLinear",
     "CombinationType",
+    "CommonAdapter",
     "Comparison",
     "CompressedLinear",
     "ExtractReport",
@@ -93,6 +95,7 @@ __all__ = [
     "collect_for",
     "combine",
     "combine_folders",
+    "common_form",
     "compare_adapters",
     "compare_folders",
     "compress",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from lorakit import hub
-from lorakit.core.operations.writing import write
 from lorakit.durable import read_bytes, write_bytes
 from lorakit.errors import AdapterError, UsageError
 from lorakit.export.request import Exported, ExportRequest, versioned
@@ -34,8 +32,7 @@ def write_peft(request: ExportRequest, folder: Path) -> Exported:
     if base is None:
         text = f"{adapter.folder}: the adapter does not name its base; pass --served-base, the --model of the runtime."
         raise UsageError(text, field="served_base", where=adapter.folder)
-    config = dataclasses.replace(adapter.weights.config, base_model_name_or_path=base)
-    write(dataclasses.replace(adapter.weights, config=config), folder)
+    adapter.save(folder, base)
     for path in hub.tokenizer_files(adapter.folder):
         write_bytes(folder / path.name, read_bytes(path, MOST_TOKENIZER_BYTES))
     name = versioned(request.name, folder)
@@ -43,14 +40,37 @@ def write_peft(request: ExportRequest, folder: Path) -> Exported:
 
 
 def serving_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
-    """Return the command lines that serve an exported adapter, by runtime."""
+    """Return how runtimes serve an exported adapter: runtime -> command, or Python code (Ray).
+
+    Source:
+        vllm/config/lora.py and lora_filesystem_resolver (0.32), sglang/srt/server_args.py (0.5.23),
+        ray/llm/_internal/serve/configs (2.60).
+    """
     model, pair = shlex.quote(base), shlex.quote(f"{name}={output}/{name}")
-    enough = next((limit for limit in VLLM_RANKS[1:] if limit >= rank), None)
     sglang = (
         f"python -m sglang.launch_server --model-path {model} --host 127.0.0.1 --enable-lora --max-lora-rank {rank} "
         f"--lora-target-modules all --lora-paths {pair}"
     )
-    if enough is None:
-        return {"sglang": sglang}
-    vllm = f"vllm serve {model} --host 127.0.0.1 --enable-lora --max-lora-rank {enough} --lora-modules {pair}"
-    return {"vllm": vllm, "sglang": sglang}
+    limit = next((limit for limit in VLLM_RANKS[1:] if limit >= rank), None)
+    if limit is None:
+        return {"SGLang": sglang}
+    options = f"--host 127.0.0.1 --enable-lora --max-lora-rank {limit}"
+    resolver = (
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_PLUGINS=lora_filesystem_resolver "
+        f"VLLM_LORA_RESOLVER_CACHE_DIR={shlex.quote(output)} vllm serve {model} {options}"
+    )
+    ray = f"""from ray import serve
+from ray.serve.llm import LLMConfig, build_openai_app
+
+config = LLMConfig(  # upload {name} to s3://BUCKET/adapters/ first; clients name it base:{name}
+    model_loading_config={{"model_id": "base", "model_source": {base!r}}},
+    lora_config={{"dynamic_lora_loading_path": "s3://BUCKET/adapters", "max_num_adapters_per_replica": 32}},
+    engine_kwargs={{"enable_lora": True, "max_loras": 32, "max_lora_rank": {limit}}},
+)
+serve.run(build_openai_app({{"llm_configs": [config]}}))"""
+    return {
+        "vLLM": f"vllm serve {model} {options} --lora-modules {pair}",
+        "vLLM, adapters on first use": resolver,
+        "SGLang": sglang,
+        "Ray Serve LLM": ray,
+    }

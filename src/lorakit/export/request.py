@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.config import SIDECAR_FILE
+from lorakit.core import CommonAdapter
 from lorakit.durable import sha256_bytes, sha256_file
 from lorakit.errors import UsageError
-from lorakit.export.common import CommonAdapter
 
 if TYPE_CHECKING:
     from lorakit.hub import ModelSource

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.config.nested import BdLoraConfig
+from lorakit.core import CommonAdapter, common_form
 from lorakit.core.operations.writing import write
 from lorakit.core.variants import variant_named
 from lorakit.errors import AdapterError, AdapterFileError
-from lorakit.export import CommonAdapter, common_form
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft reads it

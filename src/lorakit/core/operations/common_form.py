@@ -16,7 +16,7 @@ from lorakit.core.files.tensors import PREFIX, ROWS
 from lorakit.core.linalg import padded
 from lorakit.core.operations.compatibility import shared_facts
 from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder
-from lorakit.core.operations.writing import common_targets, described
+from lorakit.core.operations.writing import common_targets, described, write
 from lorakit.core.variants import NO_TENSORS, PLAIN, Variant, invocations_of, variants_of, without
 from lorakit.errors import AdapterError
 
@@ -41,6 +41,11 @@ class CommonAdapter:
     def rank(self) -> int:
         """The rank of every site."""
         return self.weights.config.r
+
+    def save(self, folder: str | os.PathLike[str], base: str | None) -> None:
+        """Write the adapter to an empty directory in PEFT's format, with the given name of its base."""
+        config = dataclasses.replace(self.weights.config, base_model_name_or_path=base)
+        write(dataclasses.replace(self.weights, config=config), folder)
 
 
 def common_form(folder: str | os.PathLike[str]) -> CommonAdapter:

@@ -1,0 +1,45 @@
+"""lorakit.cli.export: text, JSON and errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorakit import core, hub
+from lorakit.cli import main
+
+Save = Callable[..., Path]
+
+
+def test_an_adapter_for_vllm(
+    tiny_model_directory: Path, save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "vllm", str(save_adapter("notes")), "--output-dir", str(tmp_path / "out")]
+    assert main([*words, "--served-base", str(tiny_model_directory)]) == 0
+    out = capsys.readouterr().out
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name.startswith("notes@")
+    assert f"to {folder}" in out
+    assert f"--lora-modules {folder.name}=OUTPUT/{folder.name}" in out
+    assert core.load_adapter(hub.load_model(tiny_model_directory), folder).base == "same"
+
+
+def test_as_json_with_a_name(save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "sglang", str(save_adapter("one")), "--output-dir", str(tmp_path / "out"), "--name", "legal"]
+    assert main([*words, "--served-base", "owner/base", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["name"].startswith("legal@")
+    assert said["path"] == str(tmp_path / "out" / said["name"])
+    assert "SGLang" in said["commands"]
+
+
+def test_what_is_rejected(save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dora = save_adapter("dora", use_dora=True)
+    assert main(["export", "vllm", str(dora), "--output-dir", str(tmp_path / "out")]) == 1
+    assert "DoRA (use_dora)" in capsys.readouterr().err
+    words = ["export", "vllm", str(save_adapter("one")), "--output-dir", str(tmp_path / "out"), "--name", "a/b"]
+    assert main(words) == 2
+    assert not (tmp_path / "out").exists()
