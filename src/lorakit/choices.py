@@ -22,7 +22,7 @@ Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 ExportFormatName = Literal["peft", "vllm", "sglang"]
-"""Names in `lorakit.export.FORMATS`."""
+"""Names in `lorakit.export.formats.FORMATS`."""
 
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 

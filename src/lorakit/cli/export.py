@@ -57,7 +57,8 @@ def run(
         check_model(flags.model)
     ((given, folder),) = adapter_folders([adapter]).items()
     from lorakit.core import common_form
-    from lorakit.export import FORMATS, ExportRequest, check_name, export, name_of
+    from lorakit.export.formats import FORMATS, export
+    from lorakit.export.request import ExportRequest, check_name, name_of
     from lorakit.session.spec import recorded_base, resolve_base
 
     entry = FORMATS[format]
