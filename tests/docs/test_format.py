@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import core, durable_folders
+from lorakit import core, durable_folders, tensor_headers
 from lorakit.config import LoraConfig
 from lorakit.config.variants import VARIANT_COSTS, VariantCosts
-from lorakit.core.files import adapter_folder, tensors
-from lorakit.core.files.tensors import ENDINGS
+from lorakit.core.files import adapter_folder
 from lorakit.core.variants import OwnTensor, own_tensors
 from lorakit.hub.packaged import MANIFEST
+from lorakit.tensor_headers import ENDINGS
 from lorakit.train.files import checkpoint
 from lorakit.train.files import checkpoint as state
 from lorakit.train.files.train_state import TrainState
@@ -57,9 +57,9 @@ def test_names_and_caps() -> None:
     names = (checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM, MANIFEST)
     assert all(f"`{name}`" in PAGE for name in names)
     assert all(f"`{ending}`" in PAGE for ending in ENDINGS if not ending.endswith("vector.weight"))
-    assert tensors.MAX_FILE_BYTES == 64 << 30
-    assert tensors.MAX_HEADER_BYTES == 8 << 20
-    assert tensors.MAX_TENSORS == 100_000
+    assert tensor_headers.MAX_FILE_BYTES == 64 << 30
+    assert tensor_headers.MAX_HEADER_BYTES == 8 << 20
+    assert tensor_headers.MAX_TENSORS == 100_000
     assert durable_folders.MOST_ENTRIES == 10_000
     assert adapter_folder.MAX_BYTES == 16 << 20
     assert adapter_folder.FORMAT_VERSION == 2

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.files.tensors import PREFIX
 from lorakit.core.linalg import RankLimit
 from lorakit.core.model.index import layers
 from lorakit.core.operations.combination_types import (
@@ -32,6 +31,7 @@ from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_mo
 from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft.model_adapters import check_exist, configs_of, set_adapter, user_model
+from lorakit.tensor_headers import PREFIX
 
 
 def add_weighted_adapter(

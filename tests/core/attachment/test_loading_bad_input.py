@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, LoraConfig
 from lorakit.core import attach, detach, inspect_adapter, load_adapter, save_adapter, use
 from lorakit.core.files.adapter_folder import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
-from lorakit.core.files.tensors import MAX_TENSORS
 from lorakit.durable import sealed as resealed
 from lorakit.durable import sha256_bytes, sha256_file
 from lorakit.errors import (
@@ -34,6 +33,7 @@ from lorakit.errors import (
     NotYetSupported,
     ShapeMismatchError,
 )
+from lorakit.tensor_headers import MAX_TENSORS
 
 from ...laws.snapshots import bits, same_bits, snapshot
 from ...laws.zoo import BERT, GPT2, LINEARS, LLAMA, randomise, run, with_adapters

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.build import NewFactor
 from lorakit.core.files.inspecting import largest_value
-from lorakit.core.files.tensors import PREFIX, ROWS, inside, parse, part_names
+from lorakit.core.files.tensors import inside, parse, part_names
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, biased_modules, plain_shapes
 from lorakit.core.layers.trainable_tokens import ChosenRows
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight
@@ -28,6 +28,7 @@ from lorakit.core.variants import variant_at
 from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets.patterns import literal_value
 from lorakit.targets.resolving import ALL_LINEAR, Resolution, resolve, saved_modules
+from lorakit.tensor_headers import PREFIX, ROWS
 
 MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
 """Kinds of mismatches between an adapter's files and a model."""

@@ -21,7 +21,7 @@ from lorakit.architectures.families import OLD_EXPERTS_BY_TYPE
 from lorakit.architectures.layouts import ExpertsLayout
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, Sidecar, alpha_at
-from lorakit.core.files.tensors import PREFIX, TensorFile, by_site, endings_of, parse
+from lorakit.core.files.tensors import TensorFile, by_site, endings_of, parse
 from lorakit.core.kinds.parameter import joined_A, joined_B
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import bare_parameters, model_type_of, named_targets
@@ -30,6 +30,7 @@ from lorakit.tables import format_some
 from lorakit.targets.experts import current_path, parts_at, with_fused_targets, with_routers_as_parameters
 from lorakit.targets.patterns import literal_value, names_path
 from lorakit.targets.resolving import BareParameter
+from lorakit.tensor_headers import PREFIX
 
 _EXPERT = re.compile(r"(?P<around>(?:.+\.)?experts)\.(?P<number>\d{1,6})\.(?P<old>\w+)", re.ASCII)
 

@@ -22,7 +22,7 @@ from lorakit.config import LoraConfig
 from lorakit.config import scale as lora_scale
 from lorakit.core.factor import factor_dtype
 from lorakit.core.files.adapter_folder import AdapterFiles
-from lorakit.core.files.tensors import by_site, file_error, read_tensors
+from lorakit.core.files.tensors import by_site, read_tensors
 from lorakit.core.inits import Init, InitContext, fresh_bias, known_init
 from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -33,6 +33,7 @@ from lorakit.core.variants import moving_variant, variant_at
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError
 from lorakit.targets.resolving import Match
+from lorakit.tensor_headers import file_error
 
 INIT_FIELDS = (
     "init_lora_weights",

@@ -22,7 +22,7 @@ from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.attachment.residual_base import INIT_FIELDS, as_plain, check_plain, plain_config
 from lorakit.core.clones import own_class
 from lorakit.core.files import adapter_folder
-from lorakit.core.files.tensors import PREFIX, adapter_tensors, encode, endings_of
+from lorakit.core.files.tensors import adapter_tensors, encode, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model import checks
 from lorakit.core.model.fingerprint import fingerprint
@@ -33,6 +33,7 @@ from lorakit.durable import JsonObject, json_bytes, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets.patterns import names_path
 from lorakit.targets.resolving import ALL_LINEAR, resolve
+from lorakit.tensor_headers import PREFIX
 
 Form = Literal["as_lora", "trained", "raw"]
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from lorakit import durable, durable_folders
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, SIDECAR_FILE, LoraConfig, adapter_directory, read_config
-from lorakit.core.files.tensors import TensorFile, file_error, read_tensors
+from lorakit.core.files.tensors import TensorFile, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE, without_wrappers
 from lorakit.durable import SEAL, JsonObject, JsonValue, as_object
 from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets.patterns import literal_value, names_path
+from lorakit.tensor_headers import file_error
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2

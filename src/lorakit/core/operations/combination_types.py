@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.files.tensors import PREFIX, ROWS
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.targets.patterns import names_path
+from lorakit.tensor_headers import PREFIX, ROWS
 
 COMBINATION_TYPES = (
     "svd",

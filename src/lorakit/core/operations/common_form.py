@@ -12,13 +12,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.core.files.tensors import PREFIX, ROWS
 from lorakit.core.linalg import padded
 from lorakit.core.operations.compatibility import shared_facts
 from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder
 from lorakit.core.operations.writing import common_targets, described, write
 from lorakit.core.variants import NO_TENSORS, PLAIN, Variant, invocations_of, variants_of, without
 from lorakit.errors import AdapterError
+from lorakit.tensor_headers import PREFIX, ROWS
 
 MERGE = "Merge it (lorakit merge), or extract a plain adapter from the merged model (lorakit extract --rank)."
 

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
-from lorakit.core.files.tensors import PREFIX, ROWS
 from lorakit.core.kinds import PARAMETER
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE, BaseVerdict
 from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.core.variants import asked_for, is_kept, variants_of, without
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, BaseMismatchError, ConfigError, warn_caller
+from lorakit.tensor_headers import PREFIX, ROWS
 
 SHOWN = 4
 """Maximum number of differences that an error message lists."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.files.tensors import PREFIX, endings_of
+from lorakit.core.files.tensors import endings_of
 from lorakit.core.linalg import Product, RankLimit, cut_dense, factors_of
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
@@ -29,6 +29,7 @@ from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import PLAIN, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
+from lorakit.tensor_headers import PREFIX
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lorakit.core.attachment.residual_base import check_plain, on_the_original, 
 from lorakit.core.attachment.saving import saved_form
 from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, parameters_meant, rank_and_alpha, read_adapter
 from lorakit.core.files.inspecting import Finding, implausible, judge_files
-from lorakit.core.files.tensors import PREFIX, by_site, parse
+from lorakit.core.files.tensors import by_site, parse
 from lorakit.core.kinds import WeightSpec
 from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
@@ -30,6 +30,7 @@ from lorakit.core.model.target_weights import matched, paths_on_disk
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Factor, Variant, variant_at, variants_of, without
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
 from lorakit.targets.resolving import match_path
+from lorakit.tensor_headers import PREFIX
 
 
 @dataclass(frozen=True)
