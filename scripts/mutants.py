@@ -3,12 +3,13 @@
 
 pip install cosmic-ray pytest-cov                # after `make setup`
 python scripts/mutants.py list                   # draw mutants into benchmarks/mutants.jsonl (--number, --seed)
-python scripts/mutants.py cover --work DIR       # run all cases that are not slow; keep which lines each executes
+python scripts/mutants.py cover --work DIR       # run the sample and one case of each other function; keep their lines
 python scripts/mutants.py run --work DIR         # test each mutant that has no result yet
 python scripts/mutants.py table                  # a Markdown table, and the mutants that only the whole suite detects
 
-Each mutant is tested with the sampled cases that execute its line, and if none fails, with the other ones. A mutant
-that no case executes gets the cases of the test file that mirrors its module. One that does not end is detected.
+Each mutant is tested with the sampled cases that execute its line, and if none fails, with all other cases of the
+functions that do. A mutant that no case executes gets the cases of the test file that mirrors its module. One that
+does not end is detected.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ PACKAGES = ("core", "ops", "speed", "train/loop", "data", "peft")
 QUICK = "not gpu and not net and not slow"
 SAMPLE_SEED = 20261202
 STARTING_SECONDS = 120
+SECONDS = 1.0  # of a case that `cover` did not run
 INTERNAL_ERROR, NO_CASES = 3, 5  # exit codes of pytest
 VARIABLES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -126,14 +128,28 @@ def pytest(*arguments: str, **environment: str) -> list[str]:
     return ["env", *settings, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
+def function_of(case: str) -> str:
+    """Return the id of the test function of a case."""
+    return case.partition("[")[0]
+
+
+def covering() -> list[str]:
+    """Return the sampled cases and the first case of each function that has none in the sample."""
+    sample = collected("--cases", "sample", "--cases-seed", str(SAMPLE_SEED))
+    functions = {function_of(case) for case in sample}
+    others = {function_of(case): case for case in reversed(collected())}
+    return sample + [case for function, case in others.items() if function not in functions]
+
+
 def cover(work: Path) -> None:
-    """Run every case that is not slow, and keep which lines it executes and how long it takes."""
+    """Run the cases of `covering`, and keep which lines each executes and how long it takes."""
     seconds = work / "seconds.jsonl"
     seconds.unlink(missing_ok=True)
     settings = work / "coveragerc"
     settings.write_text(f"[run]\ndata_file = {work / 'coverage'}\nsource = lorakit\n")
     options = ["--cov=lorakit", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
-    run = ["-p", "mutants", "-n", "2", "--dist", "worksteal", "-m", QUICK, *options]
+    (work / "cases").write_text("\n".join(covering()))
+    run = ["-p", "mutants", "-n", "2", "--dist", "worksteal", *options, f"@{work / 'cases'}"]
     subprocess.run(pytest(*run, MUTANTS_REPORTS=str(seconds)), cwd=ROOT, check=False)
 
 
@@ -227,6 +243,9 @@ def passing(work: Path) -> dict[str, float]:
 def test(work: Path, workers: int) -> None:
     """Test each mutant of the list that has no result, and add the results to the list."""
     rows, seconds = read_lines(LIST), passing(work)
+    cases_of = defaultdict[str, list[str]](list)
+    for case in collected():
+        cases_of[function_of(case)].append(case)
     os.environ |= VARIABLES
     CONTEXT.set_forkserver_preload(IMPORTED)
     sample = set(collected("--cases", "sample", "--cases-seed", str(SAMPLE_SEED)))
@@ -242,9 +261,12 @@ def test(work: Path, workers: int) -> None:
         folder = folders.get()
         try:
             write_mutant(row, folder)
-            for key in ("sample", "all"):
-                chosen = [name for name in order if (name in sample) == (key == "sample")]
-                limit = STARTING_SECONDS + 5 * sum(seconds[name] for name in chosen)
+            others = [name for function in dict.fromkeys(map(function_of, order)) for name in cases_of[function]]
+            for key, chosen in {
+                "sample": [name for name in order if name in sample],
+                "all": [name for name in others if name not in sample],
+            }.items():
+                limit = STARTING_SECONDS + 5 * sum(seconds.get(name, SECONDS) for name in chosen)
                 row[key] = detecting(chosen, folder, limit)
                 row[f"{key} cases"] = len(chosen)
                 if row[key] is not None:
