@@ -24,6 +24,7 @@ Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 ExportFormatName = Literal["peft", "vllm", "sglang"]
 """Names in `lorakit.export.formats.FORMATS`."""
 
+RuntimeName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "peft"]
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
@@ -66,6 +67,12 @@ OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 STORED: tuple[Stored, ...] = get_args(Stored)
 """Names in `lorakit.plan.quantized.STORAGES`."""
+
+RUNTIME_NAMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+"""Names in `lorakit.export.rules.RUNTIMES`."""
+
+MAX_RANK = 16
+"""Default rank that a runtime is started for, as in vLLM (vllm/config/lora.py, 0.32)."""
 
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 """Names in `lorakit.train.files.trackers.TRACKERS`."""

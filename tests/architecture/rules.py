@@ -129,6 +129,7 @@ FIELD_HOMES = (
     "config",
     "peft",
     "cli",
+    *(f"export/{name}.py" for name in ("facts", "conditions", "rules")),  # other programs read the fields
     *(f"train/settings/{name}.py" for name in ("data_and_adapter", "defaults", "conversion/__init__")),
 )
 BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}

@@ -13,8 +13,9 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, UsageError
+from lorakit.export.conditions import VLLM_RANKS
 from lorakit.export.formats import FORMATS, export
-from lorakit.export.peft_folder import VLLM_RANKS, serving_commands
+from lorakit.export.peft_folder import serving_commands
 from lorakit.export.request import Exported, ExportRequest, check_name, name_of
 
 

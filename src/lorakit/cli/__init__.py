@@ -39,6 +39,7 @@ COMMANDS = {
     "compress": "Reduce the rank of an adapter and report what is lost.",
     "extract": "Extract an adapter from a fully fine-tuned model and its base.",
     "compare": "Compare adapters: direction, norms and subspaces at each site.",
+    "check": "Check what other runtimes would do with an adapter.",
     "export": "Write an adapter for vLLM, SGLang and other runtimes.",
     "push": "Upload an adapter to the Hugging Face Hub.",
     "list": "List the adapters in a directory.",

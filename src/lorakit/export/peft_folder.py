@@ -9,10 +9,8 @@ from pathlib import Path
 from lorakit import hub
 from lorakit.durable import read_bytes, write_bytes
 from lorakit.errors import AdapterError, UsageError
+from lorakit.export.conditions import VLLM_RANKS
 from lorakit.export.request import Exported, ExportRequest, versioned
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM accepts for `--max-lora-rank` (vllm/config/lora.py, 0.32)."""
 
 MOST_TOKENIZER_BYTES = 256 << 20
 

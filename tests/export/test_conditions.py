@@ -1,0 +1,43 @@
+"""Each condition holds for an adapter that real peft wrote for it, and not for a plain one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.export.specimens import SPECIMENS, Specimen
+
+from lorakit.export.conditions import CONDITIONS
+from lorakit.export.facts import AdapterFacts, adapter_facts, base_facts
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft reads it
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+ALWAYS = {"any adapter", "rope parameters"}
+"""Conditions that hold for every adapter on the base of the tests."""
+
+
+def facts_of(specimen: Specimen, folder: Path, max_rank: int = 16) -> AdapterFacts:
+    base, adapter, _ = specimen.write(folder)
+    return adapter_facts(adapter, base_facts(str(base)), max_rank)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> AdapterFacts:
+    return facts_of(Specimen(), tmp_path_factory.mktemp("plain"))
+
+
+def test_each_condition_has_an_adapter() -> None:
+    assert list(SPECIMENS) == list(CONDITIONS)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_condition_holds_for_its_adapter_and_not_for_a_plain_one(
+    tmp_path: Path, plain: AdapterFacts, name: str
+) -> None:
+    facts = facts_of(SPECIMENS[name], tmp_path, max_rank=24 if name == "rank value" else 16)
+    evidence = CONDITIONS[name].find(facts)
+    assert evidence and "{" not in evidence
+    assert (CONDITIONS[name].find(plain) == "") == (name not in ALWAYS)
