@@ -51,7 +51,7 @@ def nothing(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Specimen:
-    """Recipe for a small adapter.
+    """Settings and edits that make a small adapter.
 
     Attributes:
         settings: Fields of the config, for peft or, if `own`, for lorakit.

@@ -49,7 +49,7 @@ class Check:
 
     @property
     def is_silent(self) -> bool:
-        """Whether some runtime would give answers, without an error, that the adapter was not trained to give."""
+        """Return whether some runtime would change answers without an error."""
         return any(self.verdict(runtime) in SILENT for runtime in self.matches)
 
 

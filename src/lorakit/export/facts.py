@@ -1,4 +1,4 @@
-"""What is known of an adapter and its base from their files: everything that the rules about other runtimes ask for.
+"""Properties of an adapter and its base, from their files, that the rules about other runtimes depend on.
 
 Neither torch nor a model is loaded; with a base that is not in the catalog, `lorakit.hub` builds its skeleton with
 transformers.
@@ -46,7 +46,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """A base model, of which only the config and the tokenizer's files are read.
+    """A base model: its config and the tokenizer's files; weights are not read.
 
     Attributes:
         names: Every string that names it: as given, as recorded in adapters, and its path or Hub id.
@@ -66,7 +66,7 @@ class AdapterFacts:
 
     Attributes:
         pairs: Path of a site -> its factors; sites whose A and B belong together.
-        incomplete: Paths of sites of which A or B is missing, or whose ranks differ.
+        incomplete: Paths of sites without A or without B, or whose ranks differ.
         others: Name of each tensor that is not a factor, without PEFT's prefix -> its shape.
         nonfinite: Names of the tensors with NaN or infinite values.
         fingerprint: The base that `lorakit.json` describes; empty if there is none.
@@ -102,7 +102,7 @@ class AdapterFacts:
 def adapter_facts(
     folder: str | os.PathLike[str], base: BaseFacts | None = None, max_rank: int = MAX_RANK
 ) -> AdapterFacts:
-    """Read what the rules ask for from an adapter's files.
+    """Read an adapter's files.
 
     Raises:
         AdapterFileError: A file is missing or damaged.
@@ -132,7 +132,7 @@ def adapter_facts(
 
 
 def base_facts(model: str | hub.ModelSource) -> BaseFacts:
-    """Read what the rules ask for from a base's config and tokenizer files, which are downloaded if it is on the Hub.
+    """Read a base's config and tokenizer files, which are downloaded if it is on the Hub.
 
     Raises:
         ModelError: The model was not found, or no model can be built from its config.
