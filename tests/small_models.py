@@ -44,6 +44,12 @@ def gemma2(**words: Any) -> Any:
     return _causal("Gemma2", GROUPED | own | words)
 
 
+def gemma3(**words: Any) -> Any:
+    own = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "pad_token_id": 0}
+    config = transformers.Gemma3TextConfig(**(GROUPED | own | words))
+    return transformers.Gemma3ForCausalLM(config)
+
+
 def olmo2(**words: Any) -> Any:
     return _causal("Olmo2", GROUPED | words)
 

@@ -26,6 +26,7 @@ from lorakit.hub.model_config import (
     embedding_folder,
     write_embedding_files,
 )
+from lorakit.hub.model_files import with_earlier_rope
 from lorakit.hub.models import (
     AddedTokens,
     LoadedModel,
@@ -95,5 +96,6 @@ __all__ = [
     "tokenizer_hash",
     "tokenizer_settings",
     "units_of",
+    "with_earlier_rope",
     "write_embedding_files",
 ]

@@ -28,7 +28,8 @@ from lorakit.errors import DiskError
 from lorakit.file_hashes import file_hash
 from lorakit.hub.gguf_files import finish_model, finish_tokenizer
 from lorakit.hub.model_config import TASKS, file_of, weight_files
-from lorakit.hub.packaged import CONVERTED_BY, check_space, is_whole, kept_directory, read_manifest, write_weights
+from lorakit.hub.model_files import write_weights
+from lorakit.hub.packaged import CONVERTED_BY, check_space, is_whole, kept_directory, read_manifest
 from lorakit.hub.sources import WEIGHT_INDEX, ModelSource, call_loader
 from lorakit.hub.tokenizer_hashes import tokenizer_hash
 from lorakit.terminal import working

@@ -21,7 +21,8 @@ from lorakit.hub import gguf_files
 from lorakit.hub.converting import converted_files, has_matrices_in, load_weights
 from lorakit.hub.converting import load_tokenizer as load_gguf_tokenizer
 from lorakit.hub.model_config import TASKS, WITH_NEW_HEADS, config_of
-from lorakit.hub.packaged import PACKAGED, check_space, quiet_imports, quiet_transformers, write_weights
+from lorakit.hub.model_files import write_weights
+from lorakit.hub.packaged import PACKAGED, check_space, quiet_imports, quiet_transformers
 from lorakit.hub.quantization_keys import check_described
 from lorakit.hub.quantizing import (
     check_quantized_once,

@@ -27,11 +27,11 @@ from lorakit.durable_folders import publish_directory, sweep
 from lorakit.errors import AdapterFileError, DiskError, ModelError, nearest, require_packages
 from lorakit.file_hashes import file_hash, file_hashes
 from lorakit.hub.gguf_files import dequantizing_options, finish_model, finish_tokenizer, read_header, reading
+from lorakit.hub.model_files import write_weights
 from lorakit.tables import format_bytes
 from lorakit.terminal import working
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
@@ -183,23 +183,6 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
         tokenizer.save_pretrained(str(target))
     _check(loaded, target)
     write_text(target / "README.md", _CARD.format(title=model.title, file=model.file, package=model.package))
-
-
-def write_weights(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a model's weights (safetensors; only `weights` if given), config and generation config.
-
-    Raises:
-        OSError: The directory cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(str(folder), state_dict=weights)
-    except SafetensorError as cause:  # raised by the Rust writer on a full disk
-        raise OSError(None, f"the weights could not be written: {cause}") from cause
-    readable = (folder / "config.json").stat().st_mode
-    for part in folder.glob("*.safetensors"):
-        part.chmod(readable)  # safetensors makes the files private, regardless of the umask
 
 
 def _check(loaded: PreTrainedModel, target: Path) -> None:
