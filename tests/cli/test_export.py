@@ -43,3 +43,15 @@ def test_what_is_rejected(save_adapter: Save, tmp_path: Path, capsys: pytest.Cap
     words = ["export", "vllm", str(save_adapter("one")), "--output-dir", str(tmp_path / "out"), "--name", "a/b"]
     assert main(words) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_mlx_lm(
+    tiny_model_directory: Path, save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["export", "mlx", str(save_adapter("notes")), "--output-dir", str(out), "--untested-architecture"]
+    assert main([*words, "--model", str(tiny_model_directory)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+    assert f"mlx_lm.generate --model {tiny_model_directory} --adapter-path OUTPUT" in capsys.readouterr().out
+    assert main([*words, "--model", str(tiny_model_directory)]) == 2
+    assert str(out) in capsys.readouterr().err

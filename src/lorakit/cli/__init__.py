@@ -40,7 +40,7 @@ COMMANDS = {
     "extract": "Extract an adapter from a fully fine-tuned model and its base.",
     "compare": "Compare adapters: direction, norms and subspaces at each site.",
     "check": "Check what other runtimes would do with an adapter.",
-    "export": "Write an adapter for vLLM, SGLang and other runtimes.",
+    "export": "Write an adapter for vLLM, SGLang, mlx-lm and other runtimes.",
     "push": "Upload an adapter to the Hugging Face Hub.",
     "list": "List the adapters in a directory.",
     "inspect": "Show the config, sites, norms and problems of adapters.",

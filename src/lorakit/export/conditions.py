@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lorakit import hub
 from lorakit.architectures.shapes import ModelShape, SiteShape, replicated
-from lorakit.durable import as_object
 from lorakit.errors import PatternError
 from lorakit.export.facts import AdapterFacts, BaseFacts, Pair
 from lorakit.plan.params import candidates
@@ -318,12 +318,13 @@ def _template(facts: AdapterFacts, base: BaseFacts) -> str:
     return "the adapter's chat template is not the base's" if differs else ""
 
 
-def _rope(facts: AdapterFacts, base: BaseFacts) -> str:
-    """Return evidence of a base whose base frequency mlx-lm does not read, and replaces by another."""
-    theta = as_object(base.config.get("rope_parameters")).get("rope_theta")
+def unread_rope(base: BaseFacts) -> str:
+    """Return evidence of rope parameters of a base that mlx-lm does not read and replaces by others, or ""."""
     default = MLX_THETAS.get(str(base.config.get("model_type")))
-    is_read = "rope_theta" in base.config or theta is None or default is None
-    return "" if is_read or theta == default else f"rope_theta is {theta:g}, but only in rope_parameters"
+    replaced = {"rope_theta": default, "rope_local_base_freq": 1e4, "rope_scaling": None}
+    meant = hub.with_earlier_rope(base.config)
+    names = [key for key, used in replaced.items() if key not in base.config and meant.get(key, used) != used]
+    return f"{names[0]} is {meant[names[0]]}, but only in rope_parameters" if names and default is not None else ""
 
 
 CONDITIONS: Mapping[str, Condition] = {
@@ -368,6 +369,6 @@ CONDITIONS: Mapping[str, Condition] = {
     "tied head": _of_base(_tied(HEAD)),
     "tied embedding": _of_base(_tied(EMBEDDING)),
     "chat template": _of_base(_template),
-    "rope parameters": _of_base(_rope),
+    "rope parameters": _of_base(lambda _, base: unread_rope(base)),
 }
 """Name -> condition."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import UsageError
+from lorakit.export.mlx import write_mlx
 from lorakit.export.peft_folder import write_peft
 from lorakit.export.request import Exported, ExportRequest, versioned
 
@@ -33,7 +34,12 @@ class ExportFormat:
 
 _PEFT = ExportFormat("a PEFT adapter in the common form", write_peft, is_library=True)
 
-FORMATS: Mapping[str, ExportFormat] = {"peft": _PEFT, "vllm": _PEFT, "sglang": _PEFT}
+FORMATS: Mapping[str, ExportFormat] = {
+    "peft": _PEFT,
+    "vllm": _PEFT,
+    "sglang": _PEFT,
+    "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, needs_base=True),
+}
 """Name of a format or runtime -> its entry."""
 
 

@@ -66,7 +66,7 @@ REMEDIES: Mapping[str, str] = {
     "retrain": "use an earlier checkpoint, or train the adapter again",
     "base": "serve the base that the adapter was trained on",
     "template": "pass the adapter's template: --chat-template {adapter}",
-    "theta": "copy rope_theta from rope_parameters to the top level of the base's config.json",
+    "theta": "add it to the base's config.json at the top level; models that lorakit writes have it",
     "resize": "resize the base first: model.resize_token_embeddings",
 }
 """Name -> what to do, with the adapter, the format of `lorakit export`, and the limit of the rank."""

@@ -1,0 +1,248 @@
+"""Adapters for mlx-lm: mlx-lm itself gives the log-probabilities of transformers with peft."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import small_models
+
+from lorakit import core, hub
+from lorakit.config import CONFIG_FILE
+from lorakit.errors import AdapterError, UsageError
+from lorakit.export.conditions import unread_rope
+from lorakit.export.facts import base_facts
+from lorakit.export.formats import export
+from lorakit.export.mlx import MLX_WEIGHTS
+from lorakit.export.request import ExportRequest
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # by peft
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+BOUND = 1e-3
+"""Allowed difference of a log-probability, in nats; 2e-4 was measured with SmolLM2, less with small models."""
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+"""Not 10,000, which mlx-lm assumes if it finds no other value."""
+
+SCALED = ROPE | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+PER_TYPE = {"full_attention": ROPE | {"rope_type": "linear", "factor": 4.0}, "sliding_attention": ROPE}
+
+# mlx-lm rounds the square root of Gemma 3's hidden size to bf16, which is exact for 64
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: small_models.llama(rope_parameters=ROPE),
+    "llama 3": lambda: small_models.llama(rope_parameters=SCALED),
+    "mistral": lambda: small_models.mistral(rope_parameters=ROPE, sliding_window=None),
+    "qwen2": lambda: small_models.qwen2(rope_parameters=ROPE),
+    "qwen3": lambda: small_models.qwen3(rope_parameters=ROPE),
+    "phi3": lambda: small_models.phi3(rope_parameters=ROPE),
+    "gemma2": lambda: small_models.gemma2(hidden_size=64, rope_parameters=ROPE, sliding_window=4096),
+    "gemma3_text": lambda: small_models.gemma3(
+        hidden_size=64, num_hidden_layers=7, sliding_window=4, rope_parameters=PER_TYPE
+    ),
+    "gpt2": lambda: small_models.gpt2(n_ctx=1024),  # which mlx-lm needs
+}
+
+
+def random(family: str) -> Any:
+    """Return a model of a family with weights so large that attention, and thus positions, matter."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def trained(base: Any, folder: Path, std: float = 0.3, **settings: Any) -> Any:
+    """Return a model of PEFT with a random adapter on a base, after saving the adapter."""
+    torch.manual_seed(1)
+    fields = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    model = peft.get_peft_model(base, peft.LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=std)
+    model.save_pretrained(folder)
+    return model
+
+
+def written(base: Path, adapter: Path, output: Path, **fields: Any) -> Path:
+    request = ExportRequest(core.common_form(adapter), "notes", base=hub.resolve(base), **fields)
+    return export("mlx", request, output)[1]
+
+
+def in_mlx(base: Path, adapter: Path | None, ids: list[int]) -> torch.Tensor:
+    """Return the log-probabilities (tokens, vocabulary) that mlx-lm computes."""
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(base)
+    if adapter is not None:
+        load_adapters(model, str(adapter))
+        model.eval()
+    logits = model(mx.array([ids])).astype(mx.float32)
+    return torch.tensor(logits[0].tolist()).log_softmax(-1)
+
+
+def difference(model: Any, base: Path, adapter: Path | None) -> float:
+    """Return the largest difference of a log-probability between a model of PEFT and mlx-lm."""
+    ids = torch.randint(0, model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+    theirs = in_mlx(base, adapter, ids.tolist())
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max())
+
+
+def worst(base: Path, adapter: Path, model: Any, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> float:
+    """Return the difference after a change of the exported config and tensors; infinity if mlx-lm rejects them."""
+    config, tensors = json.loads((adapter / CONFIG_FILE).read_text()), load_file(adapter / MLX_WEIGHTS)
+    change(config, tensors)
+    (adapter / CONFIG_FILE).write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, adapter / MLX_WEIGHTS)
+    try:
+        return difference(model, base, adapter)
+    except ValueError as error:
+        assert "incompatible tensors" in str(error)
+        return math.inf
+
+
+def saved(base: Any, folder: Path) -> Path:
+    """Save a base; GPT-2 without the prefix of its tensors, as it was published and mlx-lm needs it."""
+    hub.save_model(base, folder)
+    weights = folder / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(weights).items()}, weights)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_computes_the_same(family: str, tmp_path: Path) -> None:
+    base = random(family)
+    folder = saved(base, tmp_path / "base")
+    model = trained(base, tmp_path / "adapter", std=0.1, use_rslora=True, rank_pattern={"1.*_proj": 6})
+    exported = written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert difference(model, folder, exported) < BOUND
+    with model.disable_adapter():
+        assert difference(model, folder, exported) > 100 * BOUND
+
+
+def test_untied_embeddings_and_heads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = small_models.llama(tie_word_embeddings=False)
+    folder = saved(base, tmp_path / "base")
+    targets = ["embed_tokens", "lm_head", "down_proj"]
+    model = trained(base, tmp_path / "adapter", target_modules=targets, layers_to_transform=None)
+    exported = written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert difference(model, folder, exported) < BOUND
+
+
+def _untransposed(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    tensors.update({name: tensor.T for name, tensor in tensors.items()})
+
+
+def _with_scale(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    config["lora_parameters"]["scale"] = 3.0  # lora_alpha / r
+
+
+def _from_the_start(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    config["num_layers"] = 1
+
+
+def _other_layer(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[name.replace(".1.", ".2.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("change", [_untransposed, _with_scale, _from_the_start, _other_layer])
+def test_mutants_exceed_the_bound(change: Callable[..., None], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = small_models.llama(num_hidden_layers=4)
+    folder = saved(base, tmp_path / "base")
+    settings = {"r": 32, "lora_alpha": 96, "target_modules": ["q_proj"], "layers_to_transform": [1]}
+    model = trained(base, tmp_path / "adapter", **settings)  # all sizes are 32, so that no shape reveals the mutant
+    exported = written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert worst(folder, exported, model, lambda config, tensors: None) < BOUND
+    assert worst(folder, exported, model, change) > 10 * BOUND
+
+
+def test_layers_are_counted_from_the_end(tmp_path: Path) -> None:
+    base = small_models.llama(num_hidden_layers=4)
+    folder = saved(base, tmp_path / "base")
+    trained(base, tmp_path / "adapter", layers_to_transform=[1, 3], target_modules=["q_proj", "up_proj"])
+    config = json.loads((written(folder, tmp_path / "adapter", tmp_path / "out") / CONFIG_FILE).read_text())
+    assert config == {
+        "fine_tune_type": "lora",
+        "num_layers": 3,
+        "lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj", "self_attn.q_proj"]},
+    }
+
+
+def test_sites_that_mlx_lm_cannot_adapt(tmp_path: Path) -> None:
+    llama = saved(small_models.llama(tie_word_embeddings=True), tmp_path / "llama")
+    wider = saved(small_models.llama(hidden_size=64), tmp_path / "wider")
+    trained(small_models.llama(tie_word_embeddings=True), tmp_path / "head", target_modules=["embed_tokens"])
+    trained(small_models.llama(num_hidden_layers=3), tmp_path / "deep")
+    trained(small_models.qwen2(), tmp_path / "fits")
+    for adapter, base, site in [
+        ("head", llama, "model.embed_tokens"),
+        ("deep", llama, "model.layers.2.mlp.down_proj"),
+        ("fits", wider, "model.layers.0.mlp.down_proj"),
+    ]:
+        with pytest.raises(AdapterError) as caught:
+            written(base, tmp_path / adapter, tmp_path / "out")
+        assert caught.value.what == site
+        assert not (tmp_path / "out").exists()
+
+
+def test_architectures_that_were_not_tested(tmp_path: Path) -> None:
+    base = small_models.olmo2()
+    folder = saved(base, tmp_path / "base")
+    model = trained(base, tmp_path / "adapter")
+    with pytest.raises(UsageError) as caught:
+        written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert caught.value.field == "untested_architecture"
+    exported = written(folder, tmp_path / "adapter", tmp_path / "out", allow_untested=True)
+    assert difference(model, folder, exported) < BOUND
+
+
+@pytest.mark.parametrize("family", ["llama", "llama 3", "gemma3_text"])
+def test_mlx_lm_needs_the_earlier_keys_of_rope_parameters(family: str, tmp_path: Path) -> None:
+    base = random(family)
+    folder = saved(base, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    left = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    assert difference(base, folder, None) < BOUND
+    assert not unread_rope(base_facts(folder))
+    (folder / "config.json").write_text(json.dumps(left))
+    assert difference(base, folder, None) > 100 * BOUND
+    assert unread_rope(base_facts(folder))
+
+
+@pytest.mark.costly
+def test_smollm2(tmp_path: Path) -> None:
+    base = hub.load_model("smollm2", "float32")
+    folder = saved(base, tmp_path / "base")
+    torch.manual_seed(1)
+    model = trained(base, tmp_path / "adapter", std=0.05, r=8)
+    exported = written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert difference(model, folder, exported) < BOUND
+    assert difference(model, folder, None) > 100 * BOUND
