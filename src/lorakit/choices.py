@@ -25,7 +25,13 @@ ExportFormatName = Literal["peft", "vllm", "sglang", "mlx"]
 """Names in `lorakit.export.formats.FORMATS`."""
 
 RuntimeName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "peft"]
+VerifyName = Literal["reloaded", "merged", "gguf", "mlx"]
+"""Names in `lorakit.verify.verifying.RUNTIMES`, which also has schemes of URLs."""
+
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
+
+VERIFY_NAMES: tuple[VerifyName, ...] = get_args(VerifyName)
+"""Values of `--against` of `verify`, besides URLs."""
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 """Names in `lorakit.tasks.TASKS`."""

@@ -41,6 +41,7 @@ COMMANDS = {
     "compare": "Compare adapters: direction, norms and subspaces at each site.",
     "check": "Check what other runtimes would do with an adapter.",
     "export": "Write an adapter for vLLM, SGLang, mlx-lm and other runtimes.",
+    "verify": "Compare an adapter's answers in other runtimes with lorakit's.",
     "push": "Upload an adapter to the Hugging Face Hub.",
     "list": "List the adapters in a directory.",
     "inspect": "Show the config, sites, norms and problems of adapters.",

@@ -43,7 +43,16 @@ from lorakit.hub.models import (
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import dequantize_files, quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_for_task, shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, base_named, check_upload, is_hub_id, push_folder, require, resolve
+from lorakit.hub.sources import (
+    ModelSource,
+    base_named,
+    check_upload,
+    downloaded,
+    is_hub_id,
+    push_folder,
+    require,
+    resolve,
+)
 from lorakit.hub.tokenizer_hashes import chat_template_hash, tokenizer_hash, tokenizer_settings
 
 __all__ = [
@@ -73,6 +82,7 @@ __all__ = [
     "config_of",
     "copy_embedding_files",
     "dequantize_files",
+    "downloaded",
     "embedding_folder",
     "expected_dtype",
     "is_hub_id",

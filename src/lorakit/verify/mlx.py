@@ -1,0 +1,82 @@
+"""The adapter in mlx-lm, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit import hub
+from lorakit.core import common_form
+from lorakit.errors import UsageError, require_packages
+from lorakit.export.formats import export
+from lorakit.export.request import ExportRequest, name_of
+from lorakit.verify.loaded import encoded, package_versions
+from lorakit.verify.prompts import Prompt
+from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
+
+
+@contextlib.contextmanager
+def open_mlx(request: RuntimeRequest) -> Iterator[Runtime]:
+    """Export the adapter for mlx-lm, and open it with the base, and the base alone.
+
+    Raises:
+        MissingExtra: mlx-lm is not installed.
+        UsageError: The base is not a directory.
+        AdapterError: The adapter cannot be exported.
+    """
+    require_packages("Verifying in mlx-lm", "runtimes", ["mlx", "mlx_lm"])
+    source = request.spec.source
+    base = hub.downloaded(source.path_or_id) if source.kind == "hub" else Path(source.path_or_id)
+    if base is None or not base.is_dir():
+        text = f"{source.given}: mlx-lm needs the base as a model directory; pass one as --model."
+        raise UsageError(text, where=source.given, field="model")
+    exported = ExportRequest(common_form(request.folder), name_of(request.folder), source, None, True)
+    _, folder = export("mlx", exported, request.workspace / "mlx")
+    yield MlxRuntime(base, folder, request)
+
+
+class MlxRuntime:
+    """A model in mlx-lm, and its base."""
+
+    def __init__(self, base: Path, adapter: Path, request: RuntimeRequest) -> None:
+        self.title, self.dtype = "mlx-lm", request.dtype
+        self.versions = package_versions("mlx", "mlx-lm")
+        self.others: Sequence[str] = [BASE]
+        self._request, self._ends = request, request.end_ids
+        self._models = {None: _load(base, adapter, request.dtype), BASE: _load(base, None, request.dtype)}
+
+    def encode(self, prompt: Prompt) -> list[int] | None:
+        """Return the token ids of a prompt; mlx-lm uses transformers' tokenizer of the base."""
+        return encoded(prompt, hub.load_tokenizer(self._request.spec.source))
+
+    def log_probabilities(self, ids: Sequence[int], other: str | None = None) -> list[float]:
+        """Return the log-probability of each token but the first, given those before it."""
+        import mlx.core as mx
+
+        scores = self._scores(ids, other)[:-1]
+        return list(mx.take_along_axis(scores, mx.array([*ids[1:]])[:, None], axis=1)[:, 0].tolist())
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
+        """Return up to `count` most likely tokens."""
+        new: list[int] = []
+        while len(new) < count and not set(new) & self._ends:
+            new.append(int(self._scores([*ids, *new], None)[-1].argmax().item()))
+        return new
+
+    def _scores(self, ids: Sequence[int], other: str | None) -> Any:
+        """Return the log-probabilities of the next token after each of `ids`, an array of mlx (tokens, vocabulary)."""
+        import mlx.core as mx
+
+        logits = self._models[other](mx.array([[*ids]]))[0].astype(mx.float32)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _load(base: Path, adapter: Path | None, dtype: str) -> Any:
+    import mlx.core as mx
+    import mlx_lm
+
+    model = mlx_lm.load(str(base), adapter_path=None if adapter is None else str(adapter))[0]
+    model.set_dtype(getattr(mx, dtype))
+    return model

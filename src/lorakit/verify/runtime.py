@@ -1,0 +1,72 @@
+"""The interface of a runtime in which an adapter is open, and what is needed to open one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lorakit.session import SessionSpec
+from lorakit.verify.prompts import Prompt
+
+BASE = "base"
+"""Name of the base among the other models of a runtime."""
+
+
+class Runtime(Protocol):
+    """An adapter that is open in a runtime; `others` has the names of the other models that it can ask."""
+
+    title: str
+    dtype: str
+    versions: Mapping[str, str]
+    others: Sequence[str]
+
+    def encode(self, prompt: Prompt) -> list[int] | None:
+        """Return the token ids of a rendered prompt; None if the runtime does not tell them."""
+
+    def log_probabilities(self, ids: Sequence[int], other: str | None = None) -> list[float]:
+        """Return the log-probability of each token but the first, given those before it.
+
+        `other` names one of the other models; None means the adapter.
+        """
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
+        """Return up to `count` most likely tokens that follow; None if the runtime does not tell their ids."""
+
+
+@dataclass(frozen=True)
+class RuntimeRequest:
+    """The adapter and the settings with which runtimes open it.
+
+    Attributes:
+        spec: The base with the one adapter, in the dtype of the comparison.
+        workspace: Empty directory for files that a runtime reads; removed afterwards.
+        end_ids: Ids of the tokens that end an answer.
+        added_ids: Ids of all added tokens, among them those that end texts.
+        base_gguf: The base as a GGUF file, for llama.cpp.
+        served_model: Name of the adapter on a server; None selects the one that is named like the adapter.
+        key: API key of the server.
+        timeout: Longest time for one answer of a server in seconds.
+        context: Largest number of tokens in one request.
+    """
+
+    spec: SessionSpec
+    workspace: Path
+    end_ids: frozenset[int]
+    added_ids: frozenset[int]
+    context: int
+    base_gguf: Path | None = None
+    served_model: str | None = None
+    key: str | None = None
+    timeout: float = 60.0
+
+    @property
+    def folder(self) -> Path:
+        """Directory of the adapter."""
+        return self.spec.files[0].folder
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of the comparison."""
+        return str(self.spec.options.dtype)

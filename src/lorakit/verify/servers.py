@@ -1,0 +1,230 @@
+"""Adapters behind HTTP: servers with OpenAI's completions (vLLM), and llama.cpp's server with its own interface.
+
+Every reply must name the requested model, and have a log-probability for every token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorakit.durable import JsonObject, as_object
+from lorakit.errors import NonFiniteError
+from lorakit.verify.http_client import JsonClient
+from lorakit.verify.prompts import Prompt
+from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
+
+MOST_NEIGHBORS = 8
+"""Number of other models of a server that are compared."""
+
+
+@contextlib.contextmanager
+def open_url(url: str, request: RuntimeRequest) -> Iterator[Runtime]:
+    """Find an adapter on a server, by its name.
+
+    Raises:
+        ModelError: The server does not answer, or does not have the adapter.
+    """
+    client = JsonClient(url, request.key, request.timeout)
+    listed = client.get("/v1/models").get("data")
+    models = [model for model in map(as_object, listed if isinstance(listed, list) else []) if model.get("id")]
+    if not models:
+        client.fail("/v1/models lists no models.")
+    runtime: Runtime
+    if models[0].get("owned_by") == "llamacpp":
+        runtime = LlamaServer(client, models, request)
+    else:
+        runtime = OpenAiServer(client, models, request)
+    yield runtime
+
+
+class _Server:
+    """Base of both kinds of servers: finds a name, and checks replies."""
+
+    def __init__(self, client: JsonClient) -> None:
+        self._client = client
+
+    def _find(self, names: Sequence[str], request: RuntimeRequest) -> str:
+        """Return the served name of the adapter: the given one, or the one that is named like its directory or run."""
+        from lorakit.export.request import name_of
+
+        wanted = request.served_model or name_of(request.folder)
+        found = [name for name in names if name == wanted] or [
+            name for name in names if request.served_model is None and name.partition("@")[0] == wanted
+        ]
+        if len(found) != 1:
+            problem = "has no" if not found else "has several"
+            listed = ", ".join(names[:20]) or "none"
+            self._client.fail(f"{problem} model {wanted!r} (available: {listed}); pass --served-model.")
+        return found[0]
+
+    def _checked(self, reply: JsonObject, model: str) -> JsonObject:
+        """Return a reply if it is the named model's."""
+        if reply.get("model") != model:
+            self._client.fail(f"the model {model!r} was requested, but {reply.get('model')!r} answered.")
+        return reply
+
+    def _finite(self, values: Sequence[object], model: str) -> list[float]:
+        """Return log-probabilities as numbers, which must all be finite."""
+        numbers = [float(one) for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        if len(numbers) < len(values):
+            self._client.fail(
+                f"{model!r} answered without log-probabilities of the prompt; verify needs a server that gives them "
+                "(vLLM, or llama.cpp's own server)."
+            )
+        if not all(map(math.isfinite, numbers)):
+            text = f"{self._client.url}: {model!r} answered with log-probabilities that are NaN or infinite."
+            raise NonFiniteError(text, what=model, where=self._client.url)
+        return numbers
+
+
+class OpenAiServer(_Server):
+    """A server with `/v1/completions` that echoes prompts with their log-probabilities."""
+
+    def __init__(self, client: JsonClient, models: Sequence[JsonObject], request: RuntimeRequest) -> None:
+        super().__init__(client)
+        names = [str(model["id"]) for model in models]
+        self._model = self._find(names, request)
+        self.others: Sequence[str] = [name for name in names if name != self._model][:MOST_NEIGHBORS]
+        self.dtype = request.dtype  # as the user says, since servers do not tell it
+        number = client.get("/version", is_optional=True).get("version")
+        owner = str(models[0].get("owned_by") or "unknown")
+        self.versions: Mapping[str, str] = {owner: str(number or "unknown")}
+        self.title = f"{self._model} of {owner}"
+
+    def encode(self, prompt: Prompt) -> list[int] | None:
+        """Return the token ids of a prompt from `/tokenize`, which vLLM has."""
+        chat = {"messages": prompt.messages, "add_generation_prompt": True}
+        body = {"model": self._model, **({"prompt": prompt.text} if prompt.chat is None else chat)}
+        found = self._client.post("/tokenize", body, is_optional=True).get("tokens")
+        return found if isinstance(found, list) and all(isinstance(one, int) for one in found) else None
+
+    def log_probabilities(self, ids: Sequence[int], other: str | None = None) -> list[float]:
+        """Return the log-probability of each token but the first; one new token is generated and ignored.
+
+        Raises:
+            ModelError: The server fails, another model answers, or there are no log-probabilities.
+            NonFiniteError: A log-probability is NaN or infinite.
+        """
+        model = other or self._model
+        reply, choice = self._complete(model, ids, 1, echo=True, logprobs=1)
+        counted = as_object(reply.get("usage")).get("prompt_tokens")
+        if isinstance(counted, int) and counted != len(ids):
+            self._client.fail(f"{model!r} read {counted} tokens instead of the {len(ids)} that were sent.")
+        found = as_object(choice.get("logprobs")).get("token_logprobs")
+        values = found if isinstance(found, list) else []
+        return self._finite([*values[1 : len(ids)], *[None] * (len(ids) - len(values))], model)
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
+        """Return up to `count` most likely tokens, if the server returns ids (`return_token_ids` of vLLM).
+
+        Raises:
+            ModelError: The server fails, or another model answers.
+        """
+        _, choice = self._complete(self._model, ids, count, return_token_ids=True)
+        found = choice.get("token_ids")
+        return found if isinstance(found, list) and all(isinstance(one, int) for one in found) else None
+
+    def _complete(self, model: str, ids: Sequence[int], count: int, **more: Any) -> tuple[JsonObject, JsonObject]:
+        body = {"model": model, "prompt": [*ids], "max_tokens": count, "temperature": 0, "seed": 0, **more}
+        reply = self._checked(self._client.post("/v1/completions", body), model)
+        choices = reply.get("choices")
+        return reply, as_object(choices[0] if isinstance(choices, list) and choices else None)
+
+
+class LlamaServer(_Server):
+    """llama.cpp's server, which serves one base and applies the adapters that each request lists.
+
+    It gives no log-probabilities of prompts. So the tokens are generated, each forced by a grammar of token ids or, if
+    it ends texts, by a bias; neither changes the reported log-probabilities.
+    """
+
+    def __init__(
+        self, client: JsonClient, models: Sequence[JsonObject], request: RuntimeRequest, adapter: str | None = None
+    ) -> None:
+        super().__init__(client)
+        self._served = str(models[0]["id"])
+        self._special = request.added_ids | request.end_ids
+        stored = str(as_object(models[0].get("meta")).get("ftype", "unknown"))
+        self.dtype = {"F32": "float32", "all F32": "float32"}.get(stored, stored)
+        loaded = client.get("/lora-adapters").get("data")
+        adapters = {
+            str(one["path"]).replace("\\", "/").rpartition("/")[2].removesuffix(".gguf"): one["id"]
+            for one in map(as_object, loaded if isinstance(loaded, list) else [])
+        }
+        self._model = adapter or self._find([*adapters], request)
+        self._lists = {
+            name: [{"id": id, "scale": float(name == own)} for own, id in adapters.items()]
+            for name in [*adapters, BASE]
+        }
+        self.others: Sequence[str] = [BASE, *(name for name in adapters if name != self._model)][:MOST_NEIGHBORS]
+        build = client.get("/props", is_optional=True).get("build_info")
+        self.versions: Mapping[str, str] = {"llama.cpp": str(build or "unknown")}
+        self.title = f"{self._model} in llama.cpp"
+
+    def encode(self, prompt: Prompt) -> list[int] | None:
+        """Return the token ids of a prompt, rendered with the server's chat template.
+
+        Raises:
+            ModelError: The server fails.
+        """
+        text = prompt.text
+        if prompt.chat is not None:
+            text = str(self._client.post("/apply-template", {"messages": prompt.messages}).get("prompt"))
+        body = {"content": text, "add_special": True, "parse_special": True}
+        found = self._client.post("/tokenize", body).get("tokens")
+        return found if isinstance(found, list) else None
+
+    def log_probabilities(self, ids: Sequence[int], other: str | None = None) -> list[float]:
+        """Return the log-probability of each token but the first.
+
+        Raises:
+            ModelError: The server fails, or there are no log-probabilities.
+            NonFiniteError: A log-probability is NaN or infinite.
+        """
+        found: list[float] = []
+        while len(found) + 1 < len(ids):
+            start = len(found) + 1
+            end = next((at for at in range(start, len(ids)) if ids[at] in self._special), len(ids))
+            if end == start:
+                forced: dict[str, Any] = {"logit_bias": [[ids[start], 1e9]]}
+                end = start + 1
+            else:
+                forced = {"grammar": "root ::= " + " ".join(f"<[{one}]>" for one in ids[start:end])}
+            found += self._generated(ids[:start], ids[start:end], other, forced)
+        return found
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
+        """Return up to `count` most likely tokens.
+
+        Raises:
+            ModelError: The server fails.
+        """
+        tokens = self._complete(ids, count, None).get("tokens")
+        return tokens if isinstance(tokens, list) else None
+
+    def _generated(
+        self, ids: Sequence[int], forced: Sequence[int], other: str | None, how: Mapping[str, Any]
+    ) -> list[float]:
+        reply = self._complete(ids, len(forced), other, **how)
+        found = reply.get("completion_probabilities")
+        entries = [as_object(one) for one in found] if isinstance(found, list) else []
+        if [one.get("id") for one in entries] != [*forced]:
+            self._client.fail("did not generate the tokens of its grammar; use a newer llama.cpp (tokens in grammars).")
+        return self._finite([one.get("logprob") for one in entries], other or self._model)
+
+    def _complete(self, ids: Sequence[int], count: int, other: str | None, **more: Any) -> JsonObject:
+        body = {
+            "model": self._served,
+            "prompt": [*ids],
+            "n_predict": count,
+            "temperature": 0,
+            "n_probs": 1,
+            "return_tokens": True,
+            "cache_prompt": False,
+            "lora": self._lists[other or self._model],  # without a list, it reuses what the last adapter computed
+            **more,
+        }
+        return self._checked(self._client.post("/completion", body), self._served)
