@@ -21,6 +21,9 @@ CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = (CONFIG_FILE, "adapter_model.safetensors", "lorakit.json", "lorakit_initial.safetensors")
 """Names of the files to download; none of their formats can contain code."""
 
+CARD = "README.md"
+"""Name of an adapter's model card."""
+
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 """Glob patterns for the names of tokenizer files."""
 

@@ -43,6 +43,7 @@ COMMANDS = {
     "export": "Write an adapter for vLLM, SGLang, mlx-lm and other runtimes.",
     "verify": "Compare an adapter's answers in other runtimes with lorakit's.",
     "push": "Upload an adapter to the Hugging Face Hub.",
+    "pull": "Download an adapter from the Hugging Face Hub.",
     "list": "List the adapters in a directory.",
     "inspect": "Show the config, sites, norms and problems of adapters.",
     "doctor": "Check this machine and its packages; suggest fixes.",

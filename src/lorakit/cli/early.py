@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorakit.errors import ConfigError, DataError, ModelError, UsageError, similar_path
 from lorakit.hub_cache import adapter_from_hub, find_adapter, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_model(given: str, revision: str | None = None) -> str:
@@ -74,6 +77,14 @@ def adapter_folders(given: Sequence[str]) -> dict[str, str]:
         found[name if folder == Path(name) else str(folder)] = folder
     hub = {name: adapter_from_hub(name, has_tokenizer=True) for name in found if is_on_hub(name)}
     return {name: str(hub[name]) if name in hub else name for name in found}
+
+
+def check_repository(name: str) -> str:
+    """Return the name of a Hub repository, owner/name, if it is valid, else raise a UsageError."""
+    if not _REPOSITORY.fullmatch(name):
+        text = f"{name!r} is not the name of a Hub repository; pass owner/name."
+        raise UsageError(text, what=name, field="repository")
+    return name
 
 
 def check_new_directory(target: Path) -> None:

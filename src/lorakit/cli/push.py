@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,18 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.early import adapter_folders
-from lorakit.errors import RunError, UsageError
-from lorakit.hub_cache import ADAPTER_FILES
+from lorakit.cli.early import adapter_folders, check_repository
+from lorakit.errors import RunError
+from lorakit.hub_cache import ADAPTER_FILES, CARD
 from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
     from lorakit.core import AdapterSummary
 
-CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def run(
@@ -46,9 +42,7 @@ def run(
         AdapterFileError: The directory contains no adapter, or the adapter is incomplete or damaged.
         ModelError: Network access is off, there is no token, or the Hub rejects the upload.
     """
-    if not _REPOSITORY.fullmatch(repository):
-        text = f"{repository!r} is not the name of a Hub repository; pass owner/name."
-        raise UsageError(text, what=repository, field="repository")
+    check_repository(repository)
     (adapter,) = adapter_folders([adapter]).values()
     from lorakit import core, hub
 
