@@ -10,6 +10,7 @@ import pytest
 
 from lorakit import core, hub
 from lorakit.cli import main
+from lorakit.core.operations import common_form
 
 Save = Callable[..., Path]
 
@@ -55,3 +56,27 @@ def test_an_adapter_for_mlx_lm(
     assert f"mlx_lm.generate --model {tiny_model_directory} --adapter-path OUTPUT" in capsys.readouterr().out
     assert main([*words, "--model", str(tiny_model_directory)]) == 2
     assert str(out) in capsys.readouterr().err
+
+
+def test_an_export_is_verified_before_it_is_written(
+    tiny_model_directory: Path, save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = save_adapter("notes", use_rslora=True), tmp_path / "out"
+    words = ["export", "vllm", str(adapter), "--output-dir", str(out), "--model", str(tiny_model_directory)]
+    assert main([*words, "--served-base", "base", "--verify"]) == 0
+    assert "log-probabilities differ by at most" in capsys.readouterr().err
+    (folder,) = out.iterdir()
+    verified = json.loads((folder / "lorakit.json").read_text())["verified"]
+    assert verified["comparisons"][0]["difference"] < 1e-4
+
+
+def test_an_export_with_other_answers_is_not_written(
+    tiny_model_directory: Path, save_adapter: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = common_form.padded
+    monkeypatch.setattr(
+        common_form, "padded", lambda product, rank: exact(product.__class__(product.A, 2 * product.B), rank)
+    )
+    words = ["export", "vllm", str(save_adapter("notes")), "--output-dir", str(tmp_path / "out")]
+    assert main([*words, "--model", str(tiny_model_directory), "--served-base", "base", "--verify"]) == 1
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,9 @@ from lorakit.choices import ExportFormatName
 from lorakit.cli import console
 from lorakit.cli.adapters import NAME
 from lorakit.cli.early import adapter_folders, check_model, check_new_directory
+from lorakit.durable import JsonObject
+from lorakit.errors import AdapterError
+from lorakit.terminal import working
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Flags:
     served_base: Annotated[
         str | None, Parameter(help="Base exactly as the runtime gets it (vLLM's --model). Default: the recorded name.")
     ] = None
+    verify: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="First compare the answers of the adapter in this form with lorakit's; write nothing if they differ.",
+        ),
+    ] = False
     untested_architecture: Annotated[
         bool, Parameter(negative=(), help="Accept an architecture that was not tested in the runtime.")
     ] = False
@@ -50,7 +60,7 @@ def run(
     other runtimes are keyed by name.
 
     Raises:
-        AdapterError: The adapter has a part that the runtime cannot apply.
+        AdapterError: The adapter has a part that the runtime cannot apply, or --verify finds other answers.
         UsageError: The output directory has other files.
     """
     if flags.model is not None:
@@ -75,6 +85,7 @@ def run(
         base=base,
         served_base=flags.served_base,
         allow_untested=flags.untested_architecture,
+        verified=_verified(given, folder, entry.verified_as, flags.model) if flags.verify else {},
     )
     exported, target = export(format, request, flags.output_dir)
     if json:
@@ -86,3 +97,17 @@ def run(
     console.say(f"{given}: exported as {entry.title}, rank {common.rank}, to {target}")
     for runtime, command in exported.commands.items():
         console.say(f"\n{runtime}:\n{command}")
+
+
+def _verified(given: str, folder: str, runtime: str, model: str | None) -> JsonObject:
+    """Return the report on the adapter's answers in a runtime; an AdapterError if they differ from lorakit's."""
+    from lorakit.verify import VerifyOptions, verify
+
+    with working("verifying"):
+        report = verify(folder, [runtime], VerifyOptions(model=model), console.quiet)
+    (compared,) = report.comparisons
+    if not report.is_good:
+        text = f"{given}: {compared.title} gives other answers: {' '.join(compared.problems)} Nothing was written."
+        raise AdapterError(text, what=runtime, where=folder)
+    console.note(f"{compared.title}: log-probabilities differ by at most {compared.difference:.1e}")
+    return report.as_dict()

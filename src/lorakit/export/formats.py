@@ -24,12 +24,14 @@ class ExportFormat:
         write: Function that writes the files for a request to an empty directory.
         needs_base: Whether the request must have the base, of which only the config is read.
         is_library: Whether the output directory holds several exports, each in `NAME@HASH12`, instead of one.
+        verified_as: The runtime of `lorakit.verify` that computes with what this format has.
     """
 
     title: str
     write: Callable[[ExportRequest, Path], Exported]
     needs_base: bool = False
     is_library: bool = False
+    verified_as: str = "reloaded"
 
 
 _PEFT = ExportFormat("a PEFT adapter in the common form", write_peft, is_library=True)
@@ -38,7 +40,7 @@ FORMATS: Mapping[str, ExportFormat] = {
     "peft": _PEFT,
     "vllm": _PEFT,
     "sglang": _PEFT,
-    "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, needs_base=True),
+    "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, needs_base=True, verified_as="mlx"),
 }
 """Name of a format or runtime -> its entry."""
 

@@ -30,7 +30,7 @@ def write_peft(request: ExportRequest, folder: Path) -> Exported:
     if base is None:
         text = f"{adapter.folder}: the adapter does not name its base; pass --served-base, the --model of the runtime."
         raise UsageError(text, field="served_base", where=adapter.folder)
-    adapter.save(folder, base)
+    adapter.save(folder, base, {"verified": request.verified} if request.verified else {})
     for path in hub.tokenizer_files(adapter.folder):
         write_bytes(folder / path.name, read_bytes(path, MOST_TOKENIZER_BYTES))
     name = versioned(request.name, folder)

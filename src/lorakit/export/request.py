@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.config import SIDECAR_FILE
 from lorakit.core import CommonAdapter
-from lorakit.durable import sha256_bytes, sha256_file
+from lorakit.durable import JsonObject, sha256_bytes, sha256_file
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class ExportRequest:
         base: The base, if it is known; formats that need its config reject a request without one.
         served_base: The base as the runtime is started with it: vLLM compares the string.
         allow_untested: Whether architectures that were not tested in the runtime are accepted.
+        verified: What `lorakit verify` reported, for `lorakit.json`; empty if it was not run.
     """
 
     adapter: CommonAdapter
@@ -34,6 +35,7 @@ class ExportRequest:
     base: ModelSource | None = None
     served_base: str | None = None
     allow_untested: bool = False
+    verified: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

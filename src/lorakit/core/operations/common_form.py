@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from lorakit.core.linalg import padded
 from lorakit.core.operations.compatibility import shared_facts
@@ -42,10 +45,12 @@ class CommonAdapter:
         """The rank of every site."""
         return self.weights.config.r
 
-    def save(self, folder: str | os.PathLike[str], base: str | None) -> None:
-        """Write the adapter to an empty directory in PEFT's format, with the given name of its base."""
+    def save(
+        self, folder: str | os.PathLike[str], base: str | None, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """Write the adapter to an empty directory in PEFT's format, with the name of its base and more metadata."""
         config = dataclasses.replace(self.weights.config, base_model_name_or_path=base)
-        write(dataclasses.replace(self.weights, config=config), folder)
+        write(dataclasses.replace(self.weights, config=config, facts={**self.weights.facts, **more}), folder)
 
 
 def common_form(folder: str | os.PathLike[str]) -> CommonAdapter:
