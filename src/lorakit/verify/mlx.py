@@ -59,10 +59,15 @@ class MlxRuntime:
         return list(mx.take_along_axis(scores, mx.array([*ids[1:]])[:, None], axis=1)[:, 0].tolist())
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
-        """Return up to `count` most likely tokens."""
+        """Return up to `count` most likely tokens, as mlx-lm generates them."""
+        import mlx.core as mx
+        from mlx_lm.generate import generate_step
+
         new: list[int] = []
-        while len(new) < count and not set(new) & self._ends:
-            new.append(int(self._scores([*ids, *new], None)[-1].argmax().item()))
+        for token, _ in generate_step(mx.array([*ids]), self._models[None], max_tokens=count):
+            new.append(int(token))
+            if new[-1] in self._ends:
+                break
         return new
 
     def _scores(self, ids: Sequence[int], other: str | None) -> Any:
