@@ -10,8 +10,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorakit import hub
 from lorakit.architectures.shapes import ModelShape
@@ -25,7 +27,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE, TOKENIZER_CONFIG, ADDED_TOKENS_FILE = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
 MAX_BYTES = 64 << 20
 
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BF16_EXPONENT, _BF16_VALUE = 0x7F80, 0x7FFF
 """Bits of a bf16 number: all exponent bits are set in NaN and infinity; all but the sign are zero in zero."""
 
@@ -207,15 +209,19 @@ def _pairs(
 
 def _is_finite(data: bytes, tensor: StoredTensor) -> bool:
     """Return whether a tensor has neither NaN nor infinite values."""
+    values = _values(data, tensor)
     if tensor.dtype == "BF16":
-        bits = np.frombuffer(data[tensor.first : tensor.last], "<u2")
-        return bool(((bits & _BF16_EXPONENT) != _BF16_EXPONENT).all())
-    kind = _FLOATS.get(tensor.dtype)
-    return kind is None or bool(np.isfinite(np.frombuffer(data[tensor.first : tensor.last], kind)).all())
+        return bool(((values & _BF16_EXPONENT) != _BF16_EXPONENT).all())
+    return bool(np.isfinite(values).all())
 
 
 def _is_zero(data: bytes, tensor: StoredTensor) -> bool:
     """Return whether a tensor has only zeros."""
-    if tensor.dtype == "BF16":
-        return not bool((np.frombuffer(data[tensor.first : tensor.last], "<u2") & _BF16_VALUE).any())
-    return not bool(np.frombuffer(data[tensor.first : tensor.last], _FLOATS[tensor.dtype]).any())
+    values = _values(data, tensor)
+    return not bool((values & _BF16_VALUE if tensor.dtype == "BF16" else values).any())
+
+
+def _values(data: bytes, tensor: StoredTensor) -> NDArray[Any]:
+    """Return a tensor's values (n,); those of bf16 as the bits, and those of integers as bytes."""
+    kind = np.dtype(_NUMBERS.get(tensor.dtype, "u1"))
+    return np.frombuffer(data, kind, (tensor.last - tensor.first) // kind.itemsize, tensor.first)
