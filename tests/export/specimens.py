@@ -30,16 +30,16 @@ Edit = Callable[[Path], None]
 Tensors = dict[str, Tensor]
 
 ROPE = {"rope_type": "default", "rope_theta": THETA}
-BASES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: small_models.llama(rope_parameters=ROPE),
-    "tied": lambda: small_models.llama(tie_word_embeddings=True),
-    "deeper": lambda: small_models.llama(num_hidden_layers=3),
-    "larger": lambda: small_models.llama(intermediate_size=64),
-    "resized": lambda: small_models.llama(vocab_size=small_models.VOCABULARY + 3),
+BASES: dict[str, Callable[..., Any]] = {
+    "llama": lambda **sizes: small_models.llama(rope_parameters=ROPE, **sizes),
+    "tied": lambda **sizes: small_models.llama(tie_word_embeddings=True, **sizes),
+    "deeper": lambda **sizes: small_models.llama(**{**sizes, "num_hidden_layers": 3}),
+    "larger": lambda **sizes: small_models.llama(**{**sizes, "intermediate_size": 64}),
+    "resized": lambda **sizes: small_models.llama(**{**sizes, "vocab_size": small_models.VOCABULARY + 3}),
     "qwen2": small_models.qwen2,
     "mixtral": small_models.mixtral,
-    "classifier": lambda: transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(**small_models.GROUPED, num_labels=3, pad_token_id=0)
+    "classifier": lambda **sizes: transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**small_models.GROUPED | sizes, num_labels=3, pad_token_id=0)
     ),
 }
 """Name of a base -> a function that makes it."""
@@ -68,16 +68,16 @@ class Specimen:
     edit_base: Edit = nothing
     own: bool = False
 
-    def model(self) -> Any:
+    def model(self, **sizes: int) -> Any:
         """Return the base that the runtime has."""
-        return _made(self.served_on)
+        return _made(self.served_on, **sizes)
 
-    def write(self, folder: Path) -> tuple[Path, Path, Tensor]:
+    def write(self, folder: Path, **sizes: int) -> tuple[Path, Path, Tensor]:
         """Write the base and the adapter, and return their directories and the logits that the adapter is for."""
         base, adapter = folder / "base", folder / "adapter"
-        _made(self.served_on).save_pretrained(base)
+        self.model(**sizes).save_pretrained(base)
         self.edit_base(base)
-        model = _made(self.trained_on)
+        model = _made(self.trained_on, **sizes)
         model.name_or_path = str(base)
         fields = {"r": 8, "target_modules": TARGETS, **self.settings}
         if self.own:
@@ -96,9 +96,9 @@ class Specimen:
         return base, adapter, expected
 
 
-def _made(name: str) -> Any:
+def _made(name: str, **sizes: int) -> Any:
     torch.manual_seed(0)
-    return BASES[name]().eval()
+    return BASES[name](**sizes).eval()
 
 
 def _randomize(parameters: list[Tensor]) -> None:
