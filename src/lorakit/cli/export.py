@@ -86,6 +86,7 @@ def run(
         served_base=flags.served_base,
         allow_untested=flags.untested_architecture,
         verified=_verified(given, folder, entry.verified_as, flags.model) if flags.verify else {},
+        card=_card,
     )
     exported, target = export(format, request, flags.output_dir)
     if json:
@@ -97,6 +98,14 @@ def run(
     console.say(f"{given}: exported as {entry.title}, rank {common.rank}, to {target}")
     for runtime, command in exported.commands.items():
         console.say(f"\n{runtime}:\n{command}")
+
+
+def _card(folder: Path, export: Path, name: str) -> str:
+    """Return the README of an export, from the adapter's files and, if a run trained it, the record of the run."""
+    from lorakit.core import inspect_adapter
+    from lorakit.train.files.model_card import card_of
+
+    return card_of(folder, inspect_adapter(folder).parameters, (export, name))
 
 
 def _verified(given: str, folder: str, runtime: str, model: str | None) -> JsonObject:

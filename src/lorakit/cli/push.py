@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,6 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.early import adapter_folders, check_repository
-from lorakit.errors import RunError
 from lorakit.hub_cache import ADAPTER_FILES, CARD
 from lorakit.tables import format_bytes, format_count
 
@@ -79,8 +77,7 @@ def adapter_files(folder: Path) -> list[Path]:
 def _card(summary: AdapterSummary) -> str:
     """Return the adapter's README with the metadata that the Hub reads; it is written if there is none."""
     from lorakit.durable import read_bytes
-    from lorakit.train.files.model_card import model_card, published_base, updated_card
-    from lorakit.train.files.run_folder import read_record
+    from lorakit.train.files.model_card import card_of, published_base, updated_card
 
     folder = Path(summary.folder)
     if published_base(summary.config) is None:
@@ -89,11 +86,7 @@ def _card(summary: AdapterSummary) -> str:
         )
     if (folder / CARD).is_file():
         return updated_card(read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8", "replace"), summary.config)
-    record = None
-    if folder.name == "adapter" or folder.name.startswith("checkpoint-"):
-        with contextlib.suppress(RunError):  # the card has fewer rows without the record
-            record = read_record(folder.parent)
-    return model_card(folder, summary.parameters, record)
+    return card_of(folder, summary.parameters)
 
 
 def _without_path(summary: AdapterSummary) -> dict[str, bytes]:

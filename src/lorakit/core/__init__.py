@@ -43,7 +43,7 @@ from lorakit.core.model.fingerprint import Fingerprint, fingerprint, weight_file
 from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
-from lorakit.core.operations.common_form import CommonAdapter, common_form
+from lorakit.core.operations.common_form import CommonAdapter, besides_lora, common_form
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
 from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
@@ -90,6 +90,7 @@ __all__ = [
     "attach",
     "average",
     "base_losses",
+    "besides_lora",
     "check_invocation",
     "checkpoint_contexts",
     "collect_for",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import UsageError
-from lorakit.export.mlx import write_mlx
-from lorakit.export.peft_folder import write_peft
+from lorakit.export.mlx import mlx_commands, write_mlx
+from lorakit.export.peft_folder import serving_commands, write_peft
 from lorakit.export.request import Exported, ExportRequest, versioned
 
 
@@ -22,6 +22,7 @@ class ExportFormat:
     Attributes:
         title: What is written, for messages.
         write: Function that writes the files for a request to an empty directory.
+        commands: Function from the name of an export, the base and the rank to how runtimes load it: title -> command.
         needs_base: Whether the request must have the base, of which only the config is read.
         is_library: Whether the output directory holds several exports, each in `NAME@HASH12`, instead of one.
         verified_as: The runtime of `lorakit.verify` that computes with what this format has.
@@ -29,18 +30,19 @@ class ExportFormat:
 
     title: str
     write: Callable[[ExportRequest, Path], Exported]
+    commands: Callable[[str, str, int], Mapping[str, str]]
     needs_base: bool = False
     is_library: bool = False
     verified_as: str = "reloaded"
 
 
-_PEFT = ExportFormat("a PEFT adapter in the common form", write_peft, is_library=True)
+_PEFT = ExportFormat("a PEFT adapter in the common form", write_peft, serving_commands, is_library=True)
 
 FORMATS: Mapping[str, ExportFormat] = {
-    "peft": _PEFT,
     "vllm": _PEFT,
     "sglang": _PEFT,
-    "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, needs_base=True, verified_as="mlx"),
+    "peft": _PEFT,
+    "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, mlx_commands, needs_base=True, verified_as="mlx"),
 }
 """Name of a format or runtime -> its entry."""
 

@@ -72,13 +72,13 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     # with 0 layers, mlx-lm adapts all
     config = {"fine_tune_type": "lora", "num_layers": max(1, shape.layers - first), "lora_parameters": parameters}
     write_json(folder / CONFIG_FILE, config)
-    name = request.served_base or request.base.recorded_name
+    name, served = versioned(request.name, folder), request.served_base or request.base.recorded_name
     unread = unread_rope(base)
     notes = (f"{request.base.given}: {unread}, which mlx-lm does not read: {REMEDIES['theta']}.",) if unread else ()
-    return Exported(versioned(request.name, folder), mlx_commands(name), notes)
+    return Exported(name, mlx_commands(name, served, adapter.rank), notes)
 
 
-def mlx_commands(base: str, output: str = "OUTPUT") -> Mapping[str, str]:
+def mlx_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
     """Return how mlx-lm loads an exported adapter: title -> command."""
     options = f"--model {shlex.quote(base)} --adapter-path {shlex.quote(output)}"
     return {

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorakit import hub
-from lorakit.durable import read_bytes, write_bytes
+from lorakit.durable import read_bytes, write_bytes, write_text
 from lorakit.errors import AdapterError, UsageError
 from lorakit.export.conditions import VLLM_RANKS
 from lorakit.export.request import Exported, ExportRequest, versioned
+from lorakit.hub_cache import CARD
 
 MOST_TOKENIZER_BYTES = 256 << 20
 
@@ -34,6 +35,8 @@ def write_peft(request: ExportRequest, folder: Path) -> Exported:
     for path in hub.tokenizer_files(adapter.folder):
         write_bytes(folder / path.name, read_bytes(path, MOST_TOKENIZER_BYTES))
     name = versioned(request.name, folder)
+    if request.card is not None:
+        write_text(folder / CARD, request.card(adapter.folder, folder, name))
     return Exported(name, serving_commands(name, base, adapter.rank))
 
 

