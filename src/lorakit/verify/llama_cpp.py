@@ -68,10 +68,11 @@ def running(base: Path, adapter: Path | None, request: RuntimeRequest) -> Iterat
     settings.model.path = str(base)
     settings.n_ctx, settings.n_parallel = request.context, 1
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to F16
     settings.hostnames, settings.port = ["127.0.0.1"], 0
     settings.warmup, settings.verbosity = False, -1
     if adapter is not None:
-        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0, "", "", None)]
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     try:
         server = xllamacpp.Server(settings)
     except (RuntimeError, ValueError) as cause:

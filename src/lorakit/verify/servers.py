@@ -40,6 +40,10 @@ def open_url(url: str, request: RuntimeRequest) -> Iterator[Runtime]:
     yield runtime
 
 
+CERTAIN = 1e9
+"""Bias of a logit with which a token is generated."""
+
+
 class _Server:
     """Base of both kinds of servers: finds a name, and checks replies."""
 
@@ -137,8 +141,8 @@ class OpenAiServer(_Server):
 class LlamaServer(_Server):
     """llama.cpp's server, which serves one base and applies the adapters that each request lists.
 
-    It gives no log-probabilities of prompts. So the tokens are generated, each forced by a grammar of token ids or, if
-    it ends texts, by a bias; neither changes the reported log-probabilities.
+    It gives no log-probabilities of prompts. So the tokens are generated, forced by a grammar of token ids. Grammars
+    reject tokens that end texts, which are forced by a bias; neither changes the reported log-probabilities.
     """
 
     def __init__(
@@ -146,9 +150,11 @@ class LlamaServer(_Server):
     ) -> None:
         super().__init__(client)
         self._served = str(models[0]["id"])
-        self._special = request.added_ids | request.end_ids
-        stored = str(as_object(models[0].get("meta")).get("ftype", "unknown"))
-        self.dtype = {"F32": "float32", "all F32": "float32"}.get(stored, stored)
+        self._added = request.added_ids | request.end_ids
+        self._partial: dict[int, bool] = {}
+        self._vocabulary = as_object(models[0].get("meta")).get("n_vocab")
+        stored = str(as_object(models[0].get("meta")).get("ftype", "unknown")).removeprefix("(guessed) ")
+        self.dtype = "float32" if stored in ("F32", "all F32") else stored
         loaded = client.get("/lora-adapters").get("data")
         adapters = {
             str(one["path"]).replace("\\", "/").rpartition("/")[2].removesuffix(".gguf"): one["id"]
@@ -185,15 +191,17 @@ class LlamaServer(_Server):
             NonFiniteError: A log-probability is NaN or infinite.
         """
         found: list[float] = []
-        while len(found) + 1 < len(ids):
-            start = len(found) + 1
-            end = next((at for at in range(start, len(ids)) if ids[at] in self._special), len(ids))
-            if end == start:
-                forced: dict[str, Any] = {"logit_bias": [[ids[start], 1e9]]}
-                end = start + 1
+        while (start := len(found) + 1) < len(ids):
+            before, token = ids[:start], ids[start]
+            if token in self._added:
+                found += self._generated(before, [token], other, {"logit_bias": [[token, CERTAIN]]})
+            elif self._is_partial(token):
+                found += self._finite([self._all_of(before, other).get(token)], other or self._model)
             else:
-                forced = {"grammar": "root ::= " + " ".join(f"<[{one}]>" for one in ids[start:end])}
-            found += self._generated(ids[:start], ids[start:end], other, forced)
+                parts = (at for at in range(start, len(ids)) if ids[at] in self._added or self._is_partial(ids[at]))
+                whole = ids[start : next(parts, len(ids))]
+                grammar = "root ::= " + " ".join(f"<[{one}]>" for one in whole)
+                found += self._generated(before, whole, other, {"grammar": grammar})
         return found
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
@@ -205,15 +213,36 @@ class LlamaServer(_Server):
         tokens = self._complete(ids, count, None).get("tokens")
         return tokens if isinstance(tokens, list) else None
 
+    def _is_partial(self, token: int) -> bool:
+        """Return whether a token is a part of a character, which the server reports only with the rest of it."""
+        if token not in self._partial:
+            text = self._client.post("/detokenize", {"tokens": [token]}).get("content")
+            self._partial[token] = "\ufffd" in str(text)
+        return self._partial[token]
+
+    def _all_of(self, ids: Sequence[int], other: str | None) -> Mapping[object, object]:
+        """Return the log-probabilities of all tokens that may follow, while an arbitrary one is generated."""
+        tokens = self._client.post("/tokenize", {"content": "a", "add_special": False}).get("tokens")
+        forced = tokens[-1] if isinstance(tokens, list) and tokens else None
+        (entry,) = self._entries(ids, [forced], other, {"logit_bias": [[forced, CERTAIN]], "n_probs": self._vocabulary})
+        top = entry.get("top_logprobs")
+        return {one.get("id"): one.get("logprob") for one in map(as_object, top if isinstance(top, list) else [])}
+
     def _generated(
         self, ids: Sequence[int], forced: Sequence[int], other: str | None, how: Mapping[str, Any]
     ) -> list[float]:
-        reply = self._complete(ids, len(forced), other, **how)
-        found = reply.get("completion_probabilities")
+        entries = self._entries(ids, forced, other, how)
+        return self._finite([one.get("logprob") for one in entries], other or self._model)
+
+    def _entries(
+        self, ids: Sequence[int], forced: Sequence[object], other: str | None, how: Mapping[str, Any]
+    ) -> list[JsonObject]:
+        """Generate tokens that are forced, and return what the server says of each."""
+        found = self._complete(ids, len(forced), other, **how).get("completion_probabilities")
         entries = [as_object(one) for one in found] if isinstance(found, list) else []
         if [one.get("id") for one in entries] != [*forced]:
             self._client.fail("did not generate the tokens of its grammar; use a newer llama.cpp (tokens in grammars).")
-        return self._finite([one.get("logprob") for one in entries], other or self._model)
+        return entries
 
     def _complete(self, ids: Sequence[int], count: int, other: str | None, **more: Any) -> JsonObject:
         body = {
