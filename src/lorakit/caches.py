@@ -102,7 +102,7 @@ FILE_HASHES = Cache("weight_files.json", 3, ("path", "device", "inode", "size", 
 KERNELS = Cache("kernels", 2, ("source", "flags", "compiler", "instructions", "system", "define", "torch"))
 """Compiled kernels; see `lorakit.ops.kernels.building`."""
 
-MODELS = Cache("models", 1, ("source", "model", "versions"))
+MODELS = Cache("models", 2, ("source", "model", "versions"))
 """Models of Python packages, converted; see `lorakit.hub.packaged`."""
 
 GGUF = Cache("gguf", 1, ("source", "loader", "dtype", "versions"))

@@ -1,5 +1,6 @@
 import errno
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -216,6 +217,7 @@ def _is_the_packaged_model(folder: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000  # for mlx-lm
     ids = tokenizer("Python's language reference says:\n    x =  12345", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, original(ids).logits)
