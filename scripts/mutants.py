@@ -183,6 +183,8 @@ def run_cases(cases: Sequence[str], folder: Path) -> None:
     import pytest
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(ROOT)
     paths = f"{folder / 'src'}{os.pathsep}{ROOT}"
     os.environ |= {"PYTHONPATH": paths, "HOME": str(folder), "MUTANTS_REPORTS": str(folder / "reports.jsonl")}

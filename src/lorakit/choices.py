@@ -21,7 +21,7 @@ Bias = Literal["none", "all", "lora_only"]
 Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
-ExportFormatName = Literal["peft", "vllm", "sglang", "mlx"]
+ExportFormatName = Literal["peft", "vllm", "sglang", "gguf", "mlx"]
 """Names in `lorakit.export.formats.FORMATS`."""
 
 RuntimeName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "peft"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import UsageError
+from lorakit.export.gguf import llama_commands, write_gguf
 from lorakit.export.mlx import mlx_commands, write_mlx
 from lorakit.export.peft_folder import serving_commands, write_peft
 from lorakit.export.request import Exported, ExportRequest, versioned
@@ -42,6 +43,9 @@ FORMATS: Mapping[str, ExportFormat] = {
     "vllm": _PEFT,
     "sglang": _PEFT,
     "peft": _PEFT,
+    "gguf": ExportFormat(
+        "a GGUF adapter for llama.cpp", write_gguf, llama_commands, needs_base=True, verified_as="gguf"
+    ),
     "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, mlx_commands, needs_base=True, verified_as="mlx"),
 }
 """Name of a format or runtime -> its entry."""

@@ -10,7 +10,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import save
 from torch import Tensor
@@ -22,11 +21,7 @@ from lorakit.export.conditions import unread_rope
 from lorakit.export.facts import base_facts
 from lorakit.export.request import Exported, ExportRequest, versioned
 from lorakit.export.rules import REMEDIES
-from lorakit.tables import format_some
-
-if TYPE_CHECKING:
-    from lorakit.architectures.shapes import ModelShape
-    from lorakit.core import CommonAdapter
+from lorakit.export.sites import check_sites
 
 MLX_WEIGHTS = "adapters.safetensors"
 
@@ -49,16 +44,19 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     Source:
         mlx_lm/tuner/utils.py and mlx_lm/tuner/lora.py (0.32.2).
     """
-    assert request.base is not None
-    adapter, base = request.adapter, base_facts(request.base)
+    adapter, source = request.adapter, request.known_base
+    base = base_facts(source)
     shape = base.shape
     if shape.model_type not in ROOTS and not request.allow_untested:
         text = (
-            f"{request.base.given}: mlx-lm was tested with {', '.join(sorted(ROOTS))}, not with {shape.model_type!r}; "
+            f"{source.given}: mlx-lm was tested with {', '.join(sorted(ROOTS))}, not with {shape.model_type!r}; "
             "pass --untested-architecture to export nevertheless."
         )
-        raise UsageError(text, what=shape.model_type, where=request.base.given, field="untested_architecture")
-    _check_sites(adapter, shape)
+        raise UsageError(text, what=shape.model_type, where=source.given, field="untested_architecture")
+    if adapter.invocation:
+        text = f"{adapter.folder}: mlx-lm cannot run adapters that wait for tokens (aLoRA); export it as gguf."
+        raise AdapterError(text, what="aLoRA", where=adapter.folder)
+    check_sites(adapter, shape, "mlx-lm")
     root = ROOTS.get(shape.model_type, "model.")
     tensors, keys, first = dict[str, Tensor](), set[str](), shape.layers
     for path, factor in adapter.weights.factors.items():
@@ -72,9 +70,9 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     # with 0 layers, mlx-lm adapts all
     config = {"fine_tune_type": "lora", "num_layers": max(1, shape.layers - first), "lora_parameters": parameters}
     write_json(folder / CONFIG_FILE, config)
-    name, served = versioned(request.name, folder), request.served_base or request.base.recorded_name
+    name, served = versioned(request.name, folder), request.served_base or source.recorded_name
     unread = unread_rope(base)
-    notes = (f"{request.base.given}: {unread}, which mlx-lm does not read: {REMEDIES['theta']}.",) if unread else ()
+    notes = (f"{source.given}: {unread}, which mlx-lm does not read: {REMEDIES['theta']}.",) if unread else ()
     return Exported(name, mlx_commands(name, served, adapter.rank), notes)
 
 
@@ -85,25 +83,3 @@ def mlx_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Map
         "mlx-lm": f"mlx_lm.generate {options} --prompt 'PROMPT'",
         "mlx-lm, server": f"mlx_lm.server {options} --host 127.0.0.1",
     }
-
-
-def _check_sites(adapter: CommonAdapter, shape: ModelShape) -> None:
-    """Reject an adapter with sites that mlx-lm cannot adapt, naming them."""
-    if adapter.invocation:
-        text = f"{adapter.folder}: mlx-lm cannot run adapters that wait for tokens (aLoRA); export it as gguf."
-        raise AdapterError(text, what="aLoRA", where=adapter.folder)
-    sites = {site.path: site for site in shape.sites}
-    tied = {path for site in shape.sites if site.tied_to for path in (site.path, site.tied_to)}
-    problems = dict[str, list[str]]()
-    for path, factor in adapter.weights.factors.items():
-        site = sites.get(path)
-        if factor.bare is not None or site is None:
-            problems.setdefault("not a linear layer or embedding of the base", []).append(path)
-        elif (factor.B.shape[0], *factor.A.shape[1:]) != (site.out_features, site.in_features):
-            problems.setdefault(f"not of the shape that {shape.source} has", []).append(path)
-        elif path in tied:
-            problems.setdefault("tied embeddings, where mlx-lm adapts the output too", []).append(path)
-    if problems:
-        found = "; ".join(f"{format_some(paths)}: {problem}" for problem, paths in problems.items())
-        text = f"{adapter.folder}: mlx-lm cannot adapt {found}. Merge the adapter (lorakit merge)."
-        raise AdapterError(text, what=next(iter(problems.values()))[0], where=adapter.folder)

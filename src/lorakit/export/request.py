@@ -40,6 +40,14 @@ class ExportRequest:
     verified: JsonObject = field(default_factory=dict)
     card: Callable[[Path, Path, str], str] | None = None
 
+    @property
+    def known_base(self) -> ModelSource:
+        """The base; a UsageError if it is not known."""
+        if self.base is None:
+            text = f"{self.adapter.folder}: this format needs the config of the base; pass it."
+            raise UsageError(text, where=self.adapter.folder, field="base")
+        return self.base
+
 
 @dataclass(frozen=True)
 class Exported:

@@ -56,7 +56,8 @@ class MlxRuntime:
         import mlx.core as mx
 
         scores = self._scores(ids, other)[:-1]
-        return list(mx.take_along_axis(scores, mx.array([*ids[1:]])[:, None], axis=1)[:, 0].tolist())
+        values: Any = mx.take_along_axis(scores, mx.array([*ids[1:]])[:, None], axis=1)[:, 0].tolist()
+        return list(values)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int] | None:
         """Return up to `count` most likely tokens, as mlx-lm generates them."""

@@ -1,0 +1,36 @@
+"""The sites of an adapter, compared with those of its base, for runtimes that adapt only some modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorakit.errors import AdapterError
+from lorakit.tables import format_some
+
+if TYPE_CHECKING:
+    from lorakit.architectures.shapes import ModelShape
+    from lorakit.core import CommonAdapter
+
+
+def check_sites(adapter: CommonAdapter, shape: ModelShape, runtime: str, *, allow_tied: bool = False) -> None:
+    """Check that an adapter's sites are linear layers and embeddings of its base that a runtime can adapt.
+
+    Raises:
+        AdapterError: Sites are something else, have other shapes or, unless `allow_tied`, share their weight; it names
+            all of them.
+    """
+    sites = {site.path: site for site in shape.sites}
+    tied = {path for site in shape.sites if site.tied_to for path in (site.path, site.tied_to)}
+    problems = dict[str, list[str]]()
+    for path, factor in adapter.weights.factors.items():
+        site = sites.get(path)
+        if factor.bare is not None or site is None:
+            problems.setdefault("not a linear layer or embedding of the base", []).append(path)
+        elif (factor.B.shape[0], *factor.A.shape[1:]) != (site.out_features, site.in_features):
+            problems.setdefault(f"not of the shape that {shape.source} has", []).append(path)
+        elif path in tied and not allow_tied:
+            problems.setdefault("tied to each other, where the runtime adapts both", []).append(path)
+    if problems:
+        found = "; ".join(f"{format_some(paths)}: {problem}" for problem, paths in problems.items())
+        text = f"{adapter.folder}: {runtime} cannot adapt {found}. Merge the adapter (lorakit merge)."
+        raise AdapterError(text, what=next(iter(problems.values()))[0], where=adapter.folder)

@@ -1,0 +1,104 @@
+"""Adapters for llama.cpp: llama.cpp itself gives the log-probabilities of transformers with peft."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests import small_models
+from tests.gguf_models import write_base
+
+from lorakit import core, hub
+from lorakit.export.formats import export
+from lorakit.export.request import ExportRequest
+from lorakit.verify.llama_cpp import running
+from lorakit.verify.servers import LlamaServer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # by peft
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+BOUND = 1e-3
+"""Allowed difference of a log-probability, in nats."""
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: small_models.llama(rope_parameters=ROPE),
+    "mistral": lambda: small_models.mistral(rope_parameters=ROPE, sliding_window=None),
+    "qwen2": lambda: small_models.qwen2(rope_parameters=ROPE),
+    "qwen3": lambda: small_models.qwen3(rope_parameters=ROPE),
+    "phi3": lambda: small_models.phi3(rope_parameters=ROPE),
+    "gemma2": lambda: small_models.gemma2(rope_parameters=ROPE, sliding_window=64),
+    "gemma3_text": lambda: small_models.gemma3(
+        rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 1e4}},
+        sliding_window=64,
+        num_hidden_layers=6,
+    ),
+    "gpt2": lambda: small_models.gpt2(),
+}
+IDS = torch.randint(0, 60, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def random(family: str) -> Any:
+    """Return a model of a family with weights so large that attention, and thus positions, matter."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def patterns(family: str) -> dict[str, Any]:
+    """Return settings that the common form must remove."""
+    names = ("c_attn", "c_proj") if family == "gpt2" else ("down_proj", "o_proj")
+    return {"use_rslora": True, "rank_pattern": {names[0]: 2}, "alpha_pattern": {names[1]: 5}}
+
+
+def expected(base: Any, folder: Path, **settings: Any) -> list[float]:
+    """Save a random adapter of peft, and return its log-probability of each token but the first."""
+    torch.manual_seed(1)
+    fields = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+        scores = model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
+    model.save_pretrained(folder)
+    return scores[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0].tolist()
+
+
+def in_llama_cpp(base: Path, adapter: Path) -> list[float]:
+    """Return the log-probability that llama.cpp gives to each token but the first."""
+    pytest.importorskip("xllamacpp")
+    request: Any = SimpleNamespace(context=64, timeout=60.0, added_ids=frozenset(), end_ids=frozenset([60]))
+    with running(base, adapter, request) as client:
+        models: Any = client.get("/v1/models")["data"]
+        return LlamaServer(client, models, request, adapter.stem).log_probabilities(IDS)
+
+
+def difference(family: str, folder: Path, **settings: Any) -> float:
+    """Return the largest difference between llama.cpp and peft."""
+    base = random(family)
+    base.save_pretrained(folder / "base")
+    values = expected(base, folder / "adapter", **settings)
+    request = ExportRequest(core.common_form(folder / "adapter"), "notes", hub.resolve(folder / "base"))
+    exported, output = export("gguf", request, folder / "out")
+    (file,) = output.iterdir()
+    assert file.name == f"{exported.name}.gguf"
+    found = in_llama_cpp(write_base(base, folder / "base.gguf"), file)
+    return max(abs(one - other) for one, other in zip(values, found, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_what_peft_does(tmp_path: Path, family: str) -> None:
+    assert difference(family, tmp_path, **patterns(family)) < BOUND
