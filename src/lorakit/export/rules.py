@@ -57,7 +57,7 @@ class Runtime:
 REMEDIES: Mapping[str, str] = {
     "export": "lorakit export {format} {adapter} --output-dir OUTPUT",
     "gguf": "lorakit export gguf {adapter} --output-dir OUTPUT",
-    "merged": "lorakit export gguf {adapter} --merged --output-dir OUTPUT",
+    "merged": "lorakit merge --adapter {adapter} --output-dir OUTPUT, and convert the merged model to GGUF",
     "mlx": "lorakit export mlx {adapter} --output-dir OUTPUT",
     "served base": "lorakit export {format} {adapter} --served-base MODEL --output-dir OUTPUT",
     "merge": "lorakit merge --adapter {adapter} --output-dir OUTPUT, and serve the merged model",
