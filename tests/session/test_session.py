@@ -16,7 +16,7 @@ import transformers
 import lorakit
 from lorakit import core, hub
 from lorakit.cli import main
-from lorakit.errors import DataError, MergeError, UsageError
+from lorakit.errors import ConfigError, DataError, MergeError, UsageError
 from lorakit.generate import Sampling
 from lorakit.session import Session
 from lorakit.session import session as session_module
@@ -256,3 +256,134 @@ def test_the_models_own_head_predicts_as_in_transformers(tmp_path: Path, tiny_to
             scores = model(**tiny_tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert row["label"] == names[int(scores.argmax())]
         assert [row["scores"][name] for name in names.values()] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def _labeling(tmp_path: Path, tokenizer: Any) -> Session:
+    """Return a session of a small BERT with a head of two classes."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=512, pad_token_id=0, id2label={0: "ham", 1: "spam"}, **sizes)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).eval().save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    return lorakit.open_session(str(tmp_path / "bert"))
+
+
+def test_predictions_and_measurements_can_overlap(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    texts, rows = ["hello", "world", "a", "hello world"] * 3, tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "hello", "label": "ham"}) + "\n")
+    with _labeling(tmp_path, tiny_tokenizer) as session:
+        whole, loss = list(session.predict(texts=texts, batch_rows=2)), session.evaluate(rows).loss
+        first, second = (session.predict(texts=texts, batch_rows=2) for _ in range(2))
+        begun = [next(first)], [next(second)]
+        assert session.evaluate(rows).loss == loss
+        assert [*begun[0], *first] == whole  # ends before the other
+        assert [*begun[1], *second] == whole
+        assert not any("forward" in vars(module) for module in session.model.modules())  # all are restored
+
+        found = list[object]()
+        threads = [
+            threading.Thread(target=lambda: found.append(list(session.predict(texts=texts, batch_rows=2))))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [whole] * 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda session: session.unload_adapter("one"), id="unloaded"),
+        pytest.param(lambda session: session.merge("three"), id="merged"),
+        pytest.param(lambda session: session.close(), id="closed"),
+        pytest.param(
+            lambda session: (
+                files := session.adapters["two"],
+                session.unload_adapter("one"),
+                session.load_adapter("one", files),
+            ),
+            id="replaced",
+        ),
+    ],
+)
+def test_a_stream_does_not_continue_with_another_adapter(session: Session, change: Callable[[Session], object]) -> None:
+    stream = session.stream([[5, 6, 7]], ["one"], max_new_tokens=8, sampling=Sampling())
+    next(stream)
+    change(session)
+    with pytest.raises(UsageError):
+        next(stream)
+
+
+def test_a_stream_continues_while_others_come_and_go(session: Session) -> None:
+    def stream() -> Any:
+        return session.stream([[5, 6, 7]], ["one"], max_new_tokens=8, sampling=Sampling())
+
+    whole, changed = list(stream()), stream()
+    begun, files = [next(changed)], session.adapters["two"]
+    session.unload_adapter("two")
+    session.load_adapter("new", files)
+    assert [*begun, *changed] == whole
+
+
+def test_a_stream_names_loaded_adapters(tiny_model_directory: Path) -> None:
+    with lorakit.open_session(str(tiny_model_directory)) as session, pytest.raises(UsageError):
+        session.stream([[5]], ["one"], max_new_tokens=2, sampling=Sampling())
+
+
+def test_a_merge_names_each_adapter_once(session: Session, adapters: dict[str, Path]) -> None:
+    session.merge("one", "one")
+    assert session.merged == (str(adapters["one"]),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"base_matmul": "int4"}, ConfigError),
+        ({"task": "regresion"}, UsageError),
+        ({"device": "gpu"}, UsageError),
+        ({"adapters": ["runs/notes"]}, UsageError),
+        ({"dtpe": "float32"}, UsageError),
+    ],
+)
+def test_wrong_options_are_named(tiny_model_directory: Path, fields: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        lorakit.open_session(str(tiny_model_directory), **fields)
+    assert caught.value.fields["field"] in fields  # type: ignore[attr-defined]
+
+
+def test_a_model_that_generates_does_not_predict(session: Session) -> None:
+    with pytest.raises(UsageError):
+        session.predict(texts=["hello"], adapter="one")
+
+
+def test_a_batch_has_an_adapter_for_each_prompt(session: Session) -> None:
+    with pytest.raises(UsageError):
+        session.generate_batch(["a", "b"], ["one"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the adapter is new
+@pytest.mark.parametrize("is_first", [False, True])
+def test_an_adapter_with_other_classes_is_not_loaded_later(
+    tmp_path: Path, tiny_tokenizer: Any, save_adapter: Save, is_first: bool
+) -> None:
+    def saved(name: str, names: list[str]) -> Path:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
+        config = lorakit.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+        core.attach(model, config, "made")
+        facts = {"training": {"labels": {"kind": "class", "names": names}}}
+        core.save_adapter(model, tmp_path / name, "made", facts=facts)
+        return tmp_path / name
+
+    session = _labeling(tmp_path, tiny_tokenizer)
+    fits, other = saved("fits", ["ham", "spam"]), saved("other", ["spam", "ham"])
+    if is_first:
+        session = lorakit.open_session(str(tmp_path / "bert"), {"first": fits})
+    with session, pytest.raises(UsageError):
+        session.load_adapter("other", other)
+    with _labeling(tmp_path, tiny_tokenizer) as session:
+        session.load_adapter("fits", fits)
+        assert {*next(session.predict(texts=["hello"], adapter="fits"))["scores"]} == {"ham", "spam"}
+        with pytest.raises(UsageError):  # trained for another task
+            session.load_adapter("text", save_adapter("text", model=session.model, task_type="CAUSAL_LM"))

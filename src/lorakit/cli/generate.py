@@ -147,22 +147,21 @@ def run(
     encoded = encode_prompts(prompts, spec.tokenizer, form, flags.system, tools)
     with adapters.naming_flags():
         session = Session.load(spec, encoded)
-    names: list[str | None] = [*numbered]
-    if flags.base or len(names) != 1:
-        names.insert(0, None)
+    names: list[str | None] = [*([None] if flags.base or len(numbered) != 1 else []), *numbered]
     labels: dict[str | None, str] = {None: "base", **dict(zip(numbered, folders, strict=True))}
     if len(names) == 1:
         _merge(session, flags, len(prompts), labels[names[0]], console.note if verbose else console.quiet)
     console.remarks(session.remarks[len(spec.remarks) :])
     ends = end_ids(session.model, spec.tokenizer, form)
     stream = partial(session.stream, max_new_tokens=flags.max_new_tokens, sampling=sampling, eos_ids=ends)
+    rows = [name if name in session.adapters else None for name in names]  # none is left after a merge
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         answers = [Answer(labels[name], spec.tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {first_line(summary(prompt))}\n")
         with working("generating"):
-            show(answers, stream([ids] * len(names), names), quiet=json, verbose=verbose)
+            show(answers, stream([ids] * len(rows), rows), quiet=json, verbose=verbose)
         results.append({"prompt": summary(prompt), "answers": [answer.as_dict() for answer in answers]})
     if json:
         dtype = str(session.model.dtype).removeprefix("torch.")

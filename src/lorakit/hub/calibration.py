@@ -290,7 +290,10 @@ def pick_device(word: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device, problem = torch.device(word), ""
+    try:
+        device, problem = torch.device(word), ""
+    except RuntimeError:
+        raise UsageError.of("device", word, "auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -189,8 +189,7 @@ def to_predict(spec: SessionSpec, tag_scheme: str = "auto") -> SessionSpec:
         UsageError: The task generates text, or the model has no head for it.
         LorakitError: The files of the model or the adapter do not fit the task.
     """
-    if spec.task.task.predict is None:
-        raise UsageError(f"the task {spec.task.task.name} generates text; use `lorakit generate`.", field="task")
+    spec.check_predicts()
     hub.require(spec.source, tokenizer=True)
     named = named_as(spec.task, hub.ModelFacts.of(spec.source))
     labeled = replace(named, target=named.target.with_options(LabelOptions(tag_scheme=tag_scheme)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8
+from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8, TASK_NAMES
 from lorakit.core import AdapterFiles
 from lorakit.data import Batch, Conversation, Request, read_records, text_records
 from lorakit.data.tokens import beginning, token_ids
 from lorakit.durable import JsonObject
-from lorakit.errors import MergeError, UsageError
+from lorakit.errors import MergeError, UsageError, did_you_mean
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.base_matmul import quantize_for_int8
@@ -45,7 +46,8 @@ class Session:
     """A loaded base model with its tokenizer and adapters.
 
     Methods can be called from several threads: each runs alone, and `stream` and `predict` let others run between
-    tokens and batches. `with` closes the session at the end of the block.
+    tokens and batches. If the base or one of their adapters has changed meanwhile, these two raise UsageError. `with`
+    closes the session at the end of the block.
 
     Args:
         spec: The base, the task and the options; the adapters of the spec are not loaded, see `load`.
@@ -75,6 +77,8 @@ class Session:
         self._base_rows = _vocabulary(loaded.model)
         self._tokenizers: dict[str, SavedTokenizer] = {}
         self._lock = threading.RLock()
+        self._acceleration: Acceleration | None = None
+        self._measuring = 0  # number of blocks that need the acceleration
 
     @classmethod
     def load(cls, spec: SessionSpec, calibration: Sequence[Sequence[int]] = ()) -> Session:
@@ -115,8 +119,10 @@ class Session:
     def close(self) -> None:
         """Release the model."""
         with self._lock:
+            self._unaccelerate()
             self._loaded = None
             self.adapters.clear()
+            self._tokenizers.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -136,11 +142,13 @@ class Session:
             adapter: Directory of an adapter or a run, or the files that were read from it.
 
         Raises:
-            UsageError: The adapter was trained for another task.
+            UsageError: The adapter was trained for another task or other classes.
             LorakitError: The adapter cannot be read or does not match the base; see `lorakit.load_adapter`.
         """
         files = adapter if isinstance(adapter, AdapterFiles) else core.read_adapter(adapter)
+        self.spec.check_adapter(files)
         with self._lock:
+            self._unaccelerate()  # an adapter may add rows to the base
             core.load_adapter(self.model, files, name, allow=self.spec.options.allow)
             self.adapters[name] = files
 
@@ -155,6 +163,7 @@ class Session:
         """
         with self._lock:
             self._chosen(name)
+            self._unaccelerate()
             core.detach(self.model, name)
             del self.adapters[name]
             self._tokenizers.pop(name, None)
@@ -178,15 +187,52 @@ class Session:
             return contextlib.nullcontext()
         return core.disable(self.model) if name is None else core.use(self.model, name)
 
+    def _unchanged(self, names: Iterable[str | None]) -> Callable[[], None]:
+        """Return a function that raises UsageError if the base or one of these adapters has changed since this call.
+
+        Raises:
+            UsageError: An adapter is not loaded, or the session is closed.
+        """
+        files, merged = (
+            {name: self.adapters[name] for name in map(self._chosen, names) if name is not None},
+            self.merged,
+        )
+        model = self.model
+
+        def check() -> None:
+            if self.model is not model or self.merged is not merged:
+                raise UsageError("adapters were merged into the base meanwhile; call again.", field="adapter")
+            for name, before in files.items():
+                if self.adapters.get(name) is not before:
+                    text = f"the adapter {name!r} was unloaded or replaced meanwhile; call again."
+                    raise UsageError(text, what=name, field="adapter", allowed=tuple(self.adapters))
+
+        return check
+
     @contextlib.contextmanager
-    def _accelerated(self) -> Iterator[Acceleration | None]:
-        """Accelerate the model within a block, if the options say so: the next adapter may add rows to the base."""
-        acceleration = accelerate(self.model) if self.spec.options.accelerated else None
+    def _measurement(self) -> Iterator[None]:
+        """Keep the model accelerated after `_accelerate`, until the last of such blocks, which may overlap, ends."""
+        with self._lock:
+            self._measuring += 1
         try:
-            yield acceleration
+            yield
         finally:
-            if acceleration is not None:
-                acceleration.undo()
+            with self._lock:
+                self._measuring -= 1
+                if not self._measuring:
+                    self._unaccelerate()
+
+    def _accelerate(self) -> Acceleration | None:
+        """Accelerate the model, if the options say so and it is not yet; needs the lock."""
+        if self.spec.options.accelerated and self._acceleration is None:
+            self._acceleration = accelerate(self.model)
+        return self._acceleration
+
+    def _unaccelerate(self) -> None:
+        """Restore the model's forward methods; needs the lock."""
+        if self._acceleration is not None:
+            self._acceleration.undo()
+            self._acceleration = None
 
     # text
 
@@ -209,22 +255,25 @@ class Session:
             eos_ids: Ids of the tokens that end a row.
 
         Raises:
+            UsageError: An adapter is not loaded, or has changed meanwhile.
             LorakitError: See `lorakit.generate.generate_batch`.
         """
         with self._lock:
+            check = self._unchanged(adapters)
             tokens = generate_batch(
                 self.model,
                 prompts,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
                 eos_ids=frozenset(eos_ids),
-                adapters=[*adapters] if self.adapters else None,  # after a merge, no adapters are left
+                adapters=[*adapters] if self.adapters else None,
             )
-        return self._locked(tokens)
+        return self._locked(tokens, check)
 
-    def _locked(self, tokens: Iterator[NewToken]) -> Iterator[NewToken]:
+    def _locked(self, tokens: Iterator[NewToken], check: Callable[[], None]) -> Iterator[NewToken]:
         while True:
             with self._lock:
+                check()
                 token = next(tokens, None)
             if token is None:
                 return
@@ -289,6 +338,9 @@ class Session:
             LorakitError: See `lorakit.generate.generate_batch`.
         """
         self.spec.check_generates()
+        if len(prompts) != len(adapters):
+            text = f"there are {len(prompts)} prompts, but {len(adapters)} adapters; pass one per prompt."
+            raise UsageError(text, field="adapters")
         parts, encoded, endings = list[tuple[str, SavedTokenizer, list[int]]](), list[list[int]](), list[set[int]]()
         for prompt, adapter in zip(prompts, adapters, strict=True):
             name = self._chosen(adapter)
@@ -354,7 +406,8 @@ class Session:
             RunError: Memory ran out.
             LorakitError: See `lorakit.session.measuring.combined`.
         """
-        with self._lock, self._active(adapter), self._accelerated() as acceleration:
+        with self._lock, self._measurement(), self._active(adapter):
+            acceleration = self._accelerate()
             share = measure(self.model, enumerate(batches), self.device, acceleration, self.spec.task.objective)
         evaluation = combined([share])
         assert evaluation is not None  # nothing stops it
@@ -428,6 +481,7 @@ class Session:
         Raises:
             LorakitError: The task generates text, or the rows cannot be read.
         """
+        self.spec.check_predicts()
         chosen = request or self.spec.request(needs_label=False)
         records = text_records(texts, chosen) if texts else read_records(data, chosen)
         name, length = self._chosen(adapter), self.spec.max_length(max_length)
@@ -446,22 +500,28 @@ class Session:
             For each row, the prediction of its task as JSON values, with the row's `source` and `line`.
 
         Raises:
+            UsageError: The adapter is not loaded, or has changed meanwhile.
             RunError: Memory ran out.
         """
         task = self.spec.task
         run = task.task.predict
         assert run is not None  # checked by `to_predict`
-        context = PredictContext(self.device, task.target, rows.tokenizer, max_new_tokens)
-        with self._accelerated():
+        context, check = (
+            PredictContext(self.device, task.target, rows.tokenizer, max_new_tokens),
+            self._unchanged([adapter]),
+        )
+        with self._measurement():
             for batch, records in rows.batches(self.spec):
-                with (
-                    self._lock,
-                    self._active(adapter),
-                    evaluating(self.model),
-                    torch.inference_mode(),
-                    oom_as_run_error(batch, " while predicting", oom_advice_for_evaluation),
-                ):
-                    predicted = run(self.model, batch, records, context)
+                with self._lock:
+                    check()
+                    self._accelerate()
+                    with (
+                        self._active(adapter),
+                        evaluating(self.model),
+                        torch.inference_mode(),
+                        oom_as_run_error(batch, " while predicting", oom_advice_for_evaluation),
+                    ):
+                        predicted = run(self.model, batch, records, context)
                 for record, values in zip(records, predicted, strict=True):
                     yield {"source": record.source, "line": record.line, **values}
 
@@ -478,15 +538,17 @@ class Session:
                 with rounded weights.
         """
         with self._lock:
-            chosen = names or tuple(self.adapters)
+            chosen = tuple(dict.fromkeys(names)) or tuple(self.adapters)
             for name in chosen:
                 self._chosen(name)
                 reason = core.explain_inexact_merge(self.model, name)
                 if reason is not None:
                     raise MergeError(reason, what=name)
+            self._unaccelerate()
             core.merge_and_unload(self.model, *chosen)
-            self.merged = tuple(str(self.adapters[name].folder) for name in chosen)
+            self.merged = (*self.merged, *(str(self.adapters[name].folder) for name in chosen))
             self.adapters.clear()
+            self._tokenizers.clear()
 
 
 def open_session(
@@ -507,9 +569,20 @@ def open_session(
         options: Fields of `lorakit.session.SessionOptions`, such as `dtype`, `device` and `quantization`.
 
     Raises:
-        UsageError: The adapters name different bases, or none, or have different tasks or classes.
+        UsageError: The adapters name different bases, or none, or have different tasks or classes; or an option or the
+            task is unknown.
         LorakitError: The base or an adapter cannot be loaded; the error class and message say why.
     """
+    known = [one.name for one in fields(SessionOptions)]
+    for name in options:
+        if name not in known:
+            text = f"open_session has no option {name!r}; the options are {', '.join(known)}."
+            raise UsageError(text + did_you_mean(name, known), what=name, field=name, allowed=tuple(known))
+    if adapters is not None and not isinstance(adapters, Mapping):
+        text = 'adapters must be a mapping, such as {"notes": "runs/notes"}.'  # type: ignore[unreachable]
+        raise UsageError(text, what=str(adapters), field="adapters")
+    if task is not None and task not in TASK_NAMES:
+        raise UsageError.of("task", task, allowed=TASK_NAMES)
     folders = {name: str(given) for name, given in (adapters or {}).items()}
     files = {name: core.read_adapter(adapter_from_hub(at) if is_on_hub(at) else at) for name, at in folders.items()}
     spec = session_spec(model, files, SessionOptions(**options), task)

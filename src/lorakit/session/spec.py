@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from lorakit import hub
-from lorakit.choices import MATMUL_IN_INT8
+from lorakit.choices import BASE_MATMULS, MATMUL_IN_INT8
 from lorakit.config import LoraConfig
 from lorakit.core import AdapterFiles
 from lorakit.data import Request
 from lorakit.durable import JsonObject, as_object, read_json
-from lorakit.errors import ModelError, UsageError
+from lorakit.errors import ConfigError, ModelError, UsageError
 from lorakit.hub_cache import is_on_hub, with_revision
 from lorakit.plan.quantized import Quantization
 from lorakit.session.base_matmul import unsupported
 from lorakit.session.prompts import Remark
 from lorakit.session.tokenizers import SavedTokenizer, tokenizer_for
-from lorakit.tasks import TaskOnData, load_model_for, task_of_adapter, task_of_model
+from lorakit.tasks import TaskOnData, load_model_for, named_as, task_of_adapter, task_of_model
 
 
 def recorded_base(folder: Path, config: LoraConfig, facts: Mapping[str, Any]) -> str:
@@ -120,6 +120,11 @@ class SessionOptions:
     revision: str | None = None
     accelerated: bool = True
 
+    def __post_init__(self) -> None:
+        """Check the name that no other code checks."""
+        if self.base_matmul not in BASE_MATMULS:
+            raise ConfigError.of("base_matmul", self.base_matmul, allowed=BASE_MATMULS)
+
     @cached_property
     def stored(self) -> Quantization | None:
         """The quantization of the base."""
@@ -210,6 +215,27 @@ class SessionSpec:
             where = self.files[0].folder if self.files else self.source.given
             text = f"{where}: trained for {self.task.task.name}, which does not continue text; use `lorakit predict`."
             raise UsageError(text, what=self.task.task.name, where=where, field="adapter")
+
+    def check_predicts(self) -> None:
+        """Raise UsageError if the task does not predict rows."""
+        if self.task.task.predict is None:
+            raise UsageError(f"the task {self.task.task.name} generates text; use `lorakit generate`.", field="task")
+
+    def check_adapter(self, files: AdapterFiles) -> None:
+        """Raise UsageError if an adapter was trained for another task or other classes than the spec's."""
+        if self.adapters:
+            task_of([*self.files, files])
+            return
+        own, names = task_of([files]), self.task.target.names
+        if own.target.names:
+            own = named_as(own, hub.ModelFacts.of(self.source))
+        is_other = own.task is not self.task.task and files.config.task_type is not None
+        if is_other or (names and own.target.names and own.target.names != names):
+            text = (
+                f"{files.folder}: trained for {_described(own)}, but the session is for {_described(self.task)}; "
+                "open a session with this adapter."
+            )
+            raise UsageError(text, where=files.folder, field="adapter")
 
     def request(self, *, needs_label: bool = True) -> Request:
         """Return how rows of the task, with or without labels and tags, are read; as in training, if a file fits."""
