@@ -80,3 +80,38 @@ def test_torch_is_not_loaded(save_adapter: Save) -> None:
     words = ["check", str(save_adapter("one"))]
     code = f"import sys; from lorakit.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CURED = {
+    "rslora": {"use_rslora": True},
+    "alpha pattern": {"alpha_pattern": {"q_proj": 4}},
+    "rank pattern": {"rank_pattern": {"q_proj": 2}},
+    "target expression": {"target_modules": r".*\.0\..*(q_proj|v_proj)"},
+    "qa-lora": {"use_qalora": True, "qalora_group_size": 4},
+    "lora-xs": {"use_lora_xs": True},
+}
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "sglang", "peft"])
+@pytest.mark.parametrize("name", CURED)
+def test_the_export_that_is_the_remedy_is_fine(
+    save_adapter: Save,
+    tiny_model_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    runtime: str,
+) -> None:
+    one, base = (
+        save_adapter("one", **{"target_modules": ["q_proj", "v_proj"], **CURED[name]}),
+        str(tiny_model_directory),
+    )
+    main(["check", str(one), "--for", runtime, "--base", base, "--json"])
+    rules = json.loads(capsys.readouterr().out)["runtimes"][runtime]["rules"]
+    remedies = {rule["remedy"] for rule in rules if rule["condition"] == name}
+    assert remedies <= {f"lorakit export {runtime} {one} --output-dir OUTPUT", ""}
+    assert main(["export", runtime, str(one), "--served-base", base, "--output-dir", str(tmp_path / "out")]) == 0
+    (exported,) = (tmp_path / "out").iterdir()
+    capsys.readouterr()
+    assert main(["check", str(exported), "--for", runtime, "--base", base, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runtimes"][runtime]["verdict"] == "fine"

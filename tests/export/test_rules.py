@@ -11,6 +11,7 @@ from tests.export.specimens import SPECIMENS, Specimen, in_peft, logits
 from torch import Tensor
 
 from lorakit.choices import RUNTIME_NAMES
+from lorakit.cli import COMMANDS
 from lorakit.export.checking import check
 from lorakit.export.conditions import CONDITIONS
 from lorakit.export.facts import adapter_facts, base_facts
@@ -57,6 +58,11 @@ def test_every_rule_names_its_source_and_a_known_remedy() -> None:
             assert rule.known in (RUN, SOURCE, THREAD)
             assert rule.remedy in ("", *REMEDIES)
             assert bool(rule.remedy) == (rule.effect in (REJECTED, IGNORED, WRONG))
+
+
+def test_remedies_are_commands_and_formats_of_lorakit() -> None:
+    for text in REMEDIES.values():
+        assert set(re.findall(r"lorakit ([\w-]+)", text)) <= set(COMMANDS)
 
 
 OBSERVED = {name for name, rule in RUNTIMES["peft"].rules.items() if rule.known == RUN}

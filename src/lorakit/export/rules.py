@@ -129,7 +129,9 @@ _SGLANG_LOAD = _SGLANG_POOL + "load_lora_weight_to_buffer"
 SGLANG: Mapping[str, Rule] = {
     "rank": Rule(REJECTED, _SGLANG_POOL + "can_support", SOURCE, "rank"),
     "rslora": Rule(IGNORED, _SGLANG_ADAPTER + "LoRAAdapter.__init__; sglang#40835", SOURCE, "export"),
-    "rank pattern": Rule(REJECTED, _SGLANG_LOAD + " asserts r rows when the adapter is first used", SOURCE, "export"),
+    "rank pattern": Rule(
+        REJECTED, _SGLANG_ADAPTER + "normalize_qkv_proj; mem_pool.py asserts r rows", SOURCE, "export"
+    ),
     "alpha pattern": Rule(IGNORED, _SGLANG_ADAPTER + "LoRAAdapter.__init__", SOURCE, "export"),
     "dora": Rule(REJECTED, _SGLANG_CHECK, SOURCE, "plain"),
     "lora bias": Rule(IGNORED, _SGLANG_LOAD, SOURCE, "plain"),
