@@ -163,7 +163,7 @@ def tiny_model_directory(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -
 
 @pytest.fixture
 def save_adapter(tmp_path: Path, tiny_model_directory: Path) -> Callable[..., Path]:
-    """Save an adapter of the model in `tiny_model_directory` whose B is random, drawn from `seed`."""
+    """Save an adapter of the model in `tiny_model_directory` whose B, or LoRA-XS's R, is random, drawn from `seed`."""
 
     def save(name: str, seed: int = 1, *, spread: float = 0.3, model: Any = None, **fields: Any) -> Path:
         import torch
@@ -176,7 +176,7 @@ def save_adapter(tmp_path: Path, tiny_model_directory: Path) -> Callable[..., Pa
         core.attach(base, config, "made", seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for path, parameter in core.trainable_parameters(base, "made"):
-            if "lora_B" in path or "lora_embedding_A" in path:
+            if any(name in path for name in ("lora_B", "lora_embedding_A", "lora_R")):
                 parameter.data = torch.randn(parameter.shape, generator=generator) * spread
         core.save_adapter(base, tmp_path / name, "made", facts={"base_name": "tiny"}, allow=("nonfinite",))
         core.detach(base, "made")

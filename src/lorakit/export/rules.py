@@ -66,7 +66,7 @@ REMEDIES: Mapping[str, str] = {
     "retrain": "use an earlier checkpoint, or train the adapter again",
     "base": "serve the base that the adapter was trained on",
     "template": "pass the adapter's template: --chat-template {adapter}",
-    "theta": "add it to the base's config.json at the top level; models that lorakit writes have it",
+    "theta": "add rope_theta to the base's config.json at the top level, or save the base with lorakit, which adds it",
     "resize": "resize the base first: model.resize_token_embeddings",
 }
 """Name -> what to do, with the adapter, the format of `lorakit export`, and the limit of the rank."""
@@ -177,7 +177,7 @@ _NOT_A_FACTOR = Rule(REJECTED, _CONVERTER + "get_tensors", SOURCE, "merged")
 LLAMA_CPP: Mapping[str, Rule] = {
     "rank": Rule(FINE, _LLAMA_SCALE),
     "rslora": Rule(IGNORED, _CONVERTER + "set_gguf_parameters; " + _LLAMA_SCALE, SOURCE, "gguf"),
-    "rank pattern": Rule(FINE, _LLAMA_SCALE + " takes the rank from the tensor"),
+    "rank pattern": Rule(FINE, _LLAMA_SCALE + " takes the rank from the tensor", RUN),
     "alpha pattern": Rule(IGNORED, _CONVERTER + "set_gguf_parameters", SOURCE, "gguf"),
     "dora": _NOT_A_FACTOR,
     "lora bias": _NOT_A_FACTOR,
@@ -198,21 +198,23 @@ LLAMA_CPP: Mapping[str, Rule] = {
     "experts": Rule(UNCHECKED, _CONVERTER + "modify_tensors"),
     "target expression": Rule(FINE, _CONVERTER + "get_tensors reads the tensors' names"),
     "part of attention": Rule(FINE, _LLAMA_LOADER),
-    "incomplete site": Rule(REJECTED, _LLAMA_LOADER, SOURCE, "retrain"),
+    "incomplete site": Rule(REJECTED, _LLAMA_LOADER, RUN, "retrain"),
     "nan": Rule(WRONG, _LLAMA_LOADER + " checks no values", SOURCE, "retrain"),
-    "scale 0": Rule(WRONG, _LLAMA_SCALE + " takes alpha 0 for scale 1", SOURCE, "gguf"),
-    "zero update": Rule(IGNORED, _LLAMA_LOADER, SOURCE, "retrain"),
+    "scale 0": Rule(WRONG, _LLAMA_SCALE + " takes alpha 0 for scale 1", RUN, "gguf"),
+    "zero update": Rule(IGNORED, _LLAMA_LOADER, RUN, "retrain"),
     "no base name": Rule(REJECTED, _CONVERTER + "load_hparams_from_hf; pass --base", SOURCE, "gguf"),
     "base name": Rule(FINE, _CONVERTER + "--base replaces it"),
     "other base": Rule(WRONG, _LLAMA_LOADER + " compares the architecture and shapes", SOURCE, "base"),
     "unknown name": Rule(REJECTED, _LLAMA_LOADER, SOURCE, "base"),
     "language model": Rule(FINE, _CONVERTER + "modify_tensors"),
-    "unknown path": Rule(REJECTED, _LLAMA_LOADER, SOURCE, "base"),
-    "shape": Rule(REJECTED, _LLAMA_LOADER, SOURCE, "base"),
-    "missing sites": Rule(WRONG, _LLAMA_LOADER, SOURCE, "retrain"),
+    "unknown path": Rule(REJECTED, _LLAMA_LOADER, RUN, "base"),
+    "shape": Rule(REJECTED, _LLAMA_LOADER, RUN, "base"),
+    "missing sites": Rule(WRONG, _LLAMA_LOADER, RUN, "retrain"),
     "quantized base": Rule(UNCHECKED, "the GGUF file of the base is quantized differently"),
     "tied head": Rule(REJECTED, _CONVERTER + "modify_tensors; llama.cpp#9065", SOURCE, "merged"),
-    "tied embedding": Rule(UNCHECKED, "src/llama-graph.cpp: build_inp_embd"),
+    "tied embedding": Rule(
+        REJECTED, "ggml/src/ggml.c: ggml_mul_mat aborts, because the head is adapted, too", RUN, "merged"
+    ),
     "chat template": Rule(IGNORED, _CONVERTER + "set_vocab", SOURCE, "merged"),
 }
 
