@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from lorakit.choices import OPTIMIZERS
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 DRIVER = '''
@@ -219,37 +221,44 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
     _check(whole["whole"], outcomes)
 
 
+OTHER_SETTINGS: list[dict[str, Any]] = [
+    {"dtype": "bfloat16"},
+    {"gradient_checkpointing": True},
+    {"recompute": "feed-forward"},
+    {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+    {"early_stopping_patience": 3, "learning_rate": 0.3, "eval_steps": 1},
+    {"eval_fraction": 0.0, "lr_scheduler_type": "linear", "weight_decay": 0.1, "use_rslora": True},
+    {"loraplus_lr_ratio": 8.0, "learning_rate_pattern": {"q_proj": 0.1, "down_proj": 0.001}, "weight_decay": 0.1},
+    {
+        "optimizer": "lorafa",
+        "weight_decay": 0.1,
+        "loraplus_lr_embedding": 1e-3,
+        "target_modules": ["embed_tokens", "q_proj", "up_proj"],
+    },
+    {"allocate_ranks": "gradients", "optimizer": "lorafa"},
+    {"optimizer": "adamw8bit", "r": 64, "weight_decay": 0.1, "loraplus_lr_ratio": 4.0, "use_dora": True},
+    {"optimizer": "muon", "weight_decay": 0.1, "loraplus_lr_ratio": 4.0, "use_dora": True},
+    {"optimizer": "muon", "target_modules": ["embed_tokens", "q_proj"], "learning_rate_pattern": {"q_proj": 0.02}},
+    {"lr_scheduler_type": "wsd", "decay_ratio": 0.5, "warmup_steps": 2},
+    {"learning_rate_pattern": {".*": 0.1}, "allocate_ranks": "inputs", "use_dora": True},
+    {"init_lora_weights": "pissa", "dtype": "bfloat16"},
+    {"init_lora_weights": "corda", "use_rslora": True},
+    {"init_lora_weights": "lora_ga", "r": 3, "use_dora": True},
+    {"init_lora_weights": "eva"},
+    {"init_lora_weights": "mica"},
+    {"new_tokens": ["jumps over", "<never>"], "weight_decay": 0.1},
+    {"streaming": "on", "gradient_accumulation_steps": 2},
+]
+
+
+def test_the_settings_have_each_optimizer() -> None:
+    assert {more["optimizer"] for more in OTHER_SETTINGS if "optimizer" in more} == {*OPTIMIZERS} - {"adamw"}
+
+
 @pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(
     "more",
-    [
-        {"dtype": "bfloat16"},
-        {"gradient_checkpointing": True},
-        {"recompute": "feed-forward"},
-        {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
-        {"early_stopping_patience": 3, "learning_rate": 0.3, "eval_steps": 1},
-        {"eval_fraction": 0.0, "lr_scheduler_type": "linear", "weight_decay": 0.1, "use_rslora": True},
-        {"loraplus_lr_ratio": 8.0, "learning_rate_pattern": {"q_proj": 0.1, "down_proj": 0.001}, "weight_decay": 0.1},
-        {
-            "optimizer": "lorafa",
-            "weight_decay": 0.1,
-            "loraplus_lr_embedding": 1e-3,
-            "target_modules": ["embed_tokens", "q_proj", "up_proj"],
-        },
-        {"allocate_ranks": "gradients", "optimizer": "lorafa"},
-        {"optimizer": "adamw8bit", "r": 64, "weight_decay": 0.1, "loraplus_lr_ratio": 4.0, "use_dora": True},
-        {"optimizer": "muon", "weight_decay": 0.1, "loraplus_lr_ratio": 4.0, "use_dora": True},
-        {"optimizer": "muon", "target_modules": ["embed_tokens", "q_proj"], "learning_rate_pattern": {"q_proj": 0.02}},
-        {"lr_scheduler_type": "wsd", "decay_ratio": 0.5, "warmup_steps": 2},
-        {"learning_rate_pattern": {".*": 0.1}, "allocate_ranks": "inputs", "use_dora": True},
-        {"init_lora_weights": "pissa", "dtype": "bfloat16"},
-        {"init_lora_weights": "corda", "use_rslora": True},
-        {"init_lora_weights": "lora_ga", "r": 3, "use_dora": True},
-        {"init_lora_weights": "eva"},
-        {"init_lora_weights": "mica"},
-        {"new_tokens": ["jumps over", "<never>"], "weight_decay": 0.1},
-        {"streaming": "on", "gradient_accumulation_steps": 2},
-    ],
+    OTHER_SETTINGS,
     ids=lambda more: str(more.get("init_lora_weights", next(iter(more)))),
 )
 def test_killed_with_other_settings(tmp_path: Path, tiny_model_directory: Path, more: dict[str, Any]) -> None:

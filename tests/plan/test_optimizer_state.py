@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_optimizer_can_be_planned() -> None:
+def test_every_optimizer_can_be_planned_and_is_documented() -> None:
     assert list(choices.OPTIMIZERS) == list(OPTIMIZERS) == list(built.OPTIMIZERS)
+    page = (Path(__file__).parents[2] / "docs/optimizers.md").read_text()
+    assert {*OPTIMIZERS} == {*re.findall(r"`--optimizer (\w+)`", page)}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

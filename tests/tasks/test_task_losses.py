@@ -41,6 +41,11 @@ CASES = {
 }
 
 
+def test_every_task_has_a_case() -> None:
+    # transformers has no loss of embeddings; that of tokens is compared in tests/train/loop/test_step_against_peft.py
+    assert {name for name, *_ in CASES.values()} == {*TASKS} - {"causal-lm", "embedding"}
+
+
 def prepared(case: str, model_directory: Callable[..., Path]) -> tuple[TaskOnData, Any, list[Any], int]:
     name, family, records = CASES[case]
     task = TASKS[name]

@@ -85,7 +85,7 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"memory_budget": "much"}, ("memory_budget is 'much'", "such as 4GiB or 800MB")),
         ({"learning_rat": 1.0}, ("learning_rat is not a setting", "Did you mean learning_rate?")),
         ({"zzz": 1}, ("zzz is not a setting", "lorakit train --help")),
-        ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw8bit', 'lorafa' or 'muon'", "Did you mean lorafa?")),
+        ({"optimizer": "lora_fa"}, ("optimizer is 'lora_fa'", "'adamw8bit', 'lorafa'", "Did you mean lorafa?")),
         ({"base_matmul": "int4"}, ("base_matmul is 'int4'", "'dtype' or 'int8'")),
         ({"int8_loss_bound": -0.1}, ("int8_loss_bound is -0.1", "at least 0")),
         ({"quantization": "nf5"}, ("quantization is 'nf5'", "'hqq8'", "Did you mean nf4?")),
