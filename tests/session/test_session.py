@@ -20,6 +20,7 @@ from lorakit.errors import ConfigError, DataError, MergeError, UsageError
 from lorakit.generate import Sampling
 from lorakit.session import Session
 from lorakit.session import session as session_module
+from lorakit.session.base_matmul import unsupported
 
 Save = Callable[..., Path]
 PROMPT = "hello world"
@@ -387,3 +388,10 @@ def test_an_adapter_with_other_classes_is_not_loaded_later(
         assert {*next(session.predict(texts=["hello"], adapter="fits"))["scores"]} == {"ham", "spam"}
         with pytest.raises(UsageError):  # trained for another task
             session.load_adapter("text", save_adapter("text", model=session.model, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="this processor has no fast and exact int8 matmuls")
+def test_int8_without_texts_asks_for_them(tiny_model_directory: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        lorakit.open_session(str(tiny_model_directory), base_matmul="int8")
+    assert caught.value.fields["field"] == "calibration"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorakit import core, durable
 from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8
+from lorakit.errors import UsageError
 from lorakit.ops.int8 import why_no_int8_matmuls
 from lorakit.report import INT8_FILE
 from lorakit.tables import format_bytes, format_count
@@ -37,6 +38,7 @@ def quantize_for_int8(
     the base is multiplied, "int8" or "dtype", and a message that says so.
 
     Raises:
+        UsageError: There are no texts and no run directory with input scales.
         LorakitError: The base cannot be quantized, or the input scales are for another base.
     """
     why = unsupported(device)
@@ -44,6 +46,9 @@ def quantize_for_int8(
         return MATMUL_IN_DTYPE, f"Base matmuls: in the dtype of the base, not in int8, because {why}."
     recorded = next(filter(None, map(_scales_of_run, adapters)), None)
     if recorded is None:
+        if not calibration:
+            text = "base_matmul 'int8' needs texts to choose its input scales; pass calibration=[...], such as prompts."
+            raise UsageError(text, what=MATMUL_IN_INT8, field="calibration")
         model.requires_grad_(False)
         base = core.quantize_base(model, [{"input_ids": torch.tensor([ids], device=device)} for ids in calibration])
         sizes = f"{format_bytes(base.bytes_before)} → {format_bytes(base.bytes_after)}"
