@@ -17,7 +17,7 @@ from lorakit.errors import ConfigError, RunError
 from lorakit.train.files.run_folder import write_record
 from lorakit.train.settings.conversion.converting import convert_file
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.settings.sources import complete, gather, read_mapping, read_settings_file
+from lorakit.train.settings.sources import complete, gather, read_mapping, read_settings_file, settings_text
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -203,3 +203,26 @@ def test_settings_from_a_program_are_completed(run_folder: Path) -> None:
     assert (given.r, settings.r, settings.max_steps, settings.overwrite) == (16, 4, 20, False)
     new = given.model_copy(update={"resume": False})
     assert complete(new) is new
+
+
+def test_settings_written_as_yaml_are_read_as_the_same(tmp_path: Path) -> None:
+    texts = [
+        "1e3",
+        "1E+3",
+        "yes",
+        "null",
+        "~",
+        "0x1F",
+        "1:30",
+        "2026-01-01",
+        " lead",
+        "- a",
+        "#c",
+        "é\u2028x",
+        "1.5",
+        "",
+    ]
+    values = {"new_tokens": texts, "learning_rate": 1e-5, "learning_rate_pattern": {"no": 0.1, "1e2": 3.0}, "r": 8}
+    path = tmp_path / "run.yaml"
+    path.write_text(settings_text(values), encoding="utf-8")
+    assert read_mapping(path) == values

@@ -24,6 +24,12 @@ DECAY_RATIO = 0.2
 """Value of `decay_ratio` if it is not given, as in Hägele et al. 2024, arXiv:2405.18392."""
 
 
+def _freezes_a_factor(optimizer: Optimizer) -> bool:
+    from lorakit.plan.optimizer_state import OPTIMIZERS  # only if the ratio is given: 0.1 s
+
+    return OPTIMIZERS[optimizer].freezes_factor
+
+
 _optimizer = in_group("Optimizer")
 _length = in_group("Length")
 _machine = in_group("Precision and machine")
@@ -56,8 +62,8 @@ class SettingFields(DataAndAdapter):
         gt=0,
         conflict=Conflict(
             "optimizer",
-            lambda value: value == "lorafa",
-            "cannot be combined with optimizer lorafa, which freezes A, so there is no ratio of learning rates; omit "
+            _freezes_a_factor,
+            "cannot be combined with optimizer {value}, which freezes A, so there is no ratio of learning rates; omit "
             "one of them.",
         ),
     )

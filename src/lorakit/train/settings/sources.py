@@ -84,10 +84,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def settings_text(values: Mapping[str, Any]) -> str:
-    """Return settings as the text of a YAML file, in the given order."""
+    """Return settings as the text of a YAML file, in the given order, which `read_mapping` reads as the same values."""
     import yaml
 
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+    class Dumper(yaml.SafeDumper):
+        """Quote the strings that the loader would read as numbers."""
+
+    Dumper.add_implicit_resolver(*_NUMBER)
+    return yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+_NUMBER = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+"""Tag, form and first characters of numbers in YAML 1.2 that YAML 1.1 reads as strings, such as `1e-4`."""
 
 
 def _loader() -> type[yaml.SafeLoader]:
@@ -125,8 +137,7 @@ def _loader() -> type[yaml.SafeLoader]:
                 seen.add(key if isinstance(key, str) else id(key_node))
             return super().construct_mapping(node, deep)
 
-    number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    Loader.add_implicit_resolver(*_NUMBER)
     return Loader
 
 
