@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 
 VOCABULARY = 61
@@ -21,6 +22,15 @@ GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
 WIDER = GROUPED | {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
 """Sizes of a model whose linear layers in the blocks have sizes that are multiples of 32."""
 ENCODER: dict[str, Any] = {**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def randomized(model: Any, std: float) -> Any:
+    """Return a model for evaluation whose weights are so large that attention, and thus positions, matter."""
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=std)
+    return model
 
 
 def llama(**words: Any) -> Any:

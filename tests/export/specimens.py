@@ -45,6 +45,19 @@ BASES: dict[str, Callable[..., Any]] = {
 """Name of a base -> a function that makes it."""
 
 
+def with_random_adapter(base: Any, folder: Path, std: float, **settings: Any) -> Any:
+    """Return a model of PEFT with a random adapter on a base, after saving the adapter."""
+    torch.manual_seed(1)
+    fields = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    model = peft.get_peft_model(base, peft.LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=std)
+    model.save_pretrained(folder)
+    return model
+
+
 def nothing(folder: Path) -> None:
     """Leave an adapter unchanged."""
 

@@ -14,7 +14,8 @@ from tests.small_models import VOCABULARY
 from lorakit import hub
 from lorakit.core import inspect_adapter
 from lorakit.errors import AdapterFileError, ModelError
-from lorakit.export.facts import adapter_facts, base_facts, chat_template
+from lorakit.export.facts import BaseFacts, adapter_facts, base_facts, chat_template
+from lorakit.plan import catalogue
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft reads it
@@ -112,3 +113,9 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert caught.value.where == str(folder / "added_tokens.json")
     with pytest.raises(ModelError):
         base_facts(str(tmp_path / "none"))
+
+
+def test_a_published_model_has_the_type_of_its_config() -> None:
+    shapes = [catalogue.published(name) for name in catalogue.names()]
+    shape = next(shape for shape in shapes if shape is not None and not shape.model_type)
+    assert BaseFacts(frozenset(), shape, {"model_type": "llama"}, None).model_type == "llama"

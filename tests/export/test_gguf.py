@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from tests import small_models
+from tests.export.specimens import with_random_adapter
 from tests.gguf_models import write_base
 
 from lorakit import core, hub
@@ -49,12 +49,7 @@ IDS = torch.randint(0, 60, (20,), generator=torch.Generator().manual_seed(3)).to
 def random(family: str) -> Any:
     """Return a model of a family with weights so large that attention, and thus positions, matter."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.1)
-    return model
+    return small_models.randomized(FAMILIES[family](), 0.1)
 
 
 def patterns(family: str) -> dict[str, Any]:
@@ -65,15 +60,9 @@ def patterns(family: str) -> dict[str, Any]:
 
 def expected(base: Any, folder: Path, **settings: Any) -> list[float]:
     """Save a random adapter of peft, and return its log-probability of each token but the first."""
-    torch.manual_seed(1)
-    fields = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields)).eval()
+    model = with_random_adapter(copy.deepcopy(base), folder, 0.1, **settings)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
         scores = model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
-    model.save_pretrained(folder)
     return scores[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0].tolist()
 
 

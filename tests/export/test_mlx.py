@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import small_models
+from tests.export.specimens import with_random_adapter
 
 from lorakit import core, hub
 from lorakit.config import CONFIG_FILE
@@ -62,25 +62,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def random(family: str) -> Any:
     """Return a model of a family with weights so large that attention, and thus positions, matter."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-    return model
+    return small_models.randomized(FAMILIES[family](), 0.2)
 
 
 def trained(base: Any, folder: Path, std: float = 0.3, **settings: Any) -> Any:
     """Return a model of PEFT with a random adapter on a base, after saving the adapter."""
-    torch.manual_seed(1)
-    fields = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    model = peft.get_peft_model(base, peft.LoraConfig(**fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=std)
-    model.save_pretrained(folder)
-    return model
+    return with_random_adapter(base, folder, std, **settings)
 
 
 def written(base: Path, adapter: Path, output: Path, **fields: Any) -> Path:

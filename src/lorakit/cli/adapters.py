@@ -103,18 +103,12 @@ def naming_flags(flags: type | None = None) -> Iterator[None]:
         raise type(error)(error.text(f"pass --{name.replace('_', '-')}"), **error.fields) from error
 
 
-LARGEST_TOKENIZER_BYTES = 256 << 20
-
-
 def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> None:
     """Copy the tokenizer to the new adapter if all original adapters have the same tokenizer files."""
-    from lorakit.durable import read_bytes, write_bytes
-    from lorakit.hub import tokenizer_files
+    from lorakit.durable import write_bytes
+    from lorakit.hub import tokenizer_contents
 
-    tokenizers = []
-    for files in adapters:
-        paths = tokenizer_files(files.folder)
-        tokenizers.append({path.name: read_bytes(path, LARGEST_TOKENIZER_BYTES) for path in paths})
+    tokenizers = [tokenizer_contents(files.folder) for files in adapters]
     if all(other == tokenizers[0] for other in tokenizers):
         for name, content in tokenizers[0].items():
             write_bytes(folder / name, content)

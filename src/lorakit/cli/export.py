@@ -29,7 +29,7 @@ class Flags:
     ] = None
     model: Annotated[
         str | None,
-        Parameter(help="Base, of which gguf and mlx need the config. Default: the one that the adapter names."),
+        Parameter(help="Base, whose config gguf and mlx need. Default: the one that the adapter names."),
     ] = None
     served_base: Annotated[
         str | None, Parameter(help="Base exactly as the runtime gets it (vLLM's --model). Default: the recorded name.")
@@ -89,14 +89,15 @@ def run(
         card=_card,
     )
     exported, target = export(format, request, flags.output_dir)
+    commands = entry.commands(exported.name, exported.base, common.rank)
     if json:
-        said = {"name": exported.name, "path": str(target), "commands": dict(exported.commands)}
+        said = {"name": exported.name, "path": str(target), "commands": dict(commands)}
         console.emit_json({**said, "notes": list(exported.notes), "rank": common.rank})
         return
     for text in exported.notes:
         console.note(text)
     console.say(f"{given}: exported as {entry.title}, rank {common.rank}, to {target}")
-    for runtime, command in exported.commands.items():
+    for runtime, command in commands.items():
         console.say(f"\n{runtime}:\n{command}")
 
 

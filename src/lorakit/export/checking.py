@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorakit.export.conditions import CONDITIONS, VLLM_RANKS
+from lorakit.export.conditions import CONDITIONS, VLLM_RANKS, vllm_limit
 from lorakit.export.facts import AdapterFacts
 from lorakit.export.rules import IGNORED, REMEDIES, RUNTIMES, WRONG, Effect, Rule
 
@@ -67,7 +67,7 @@ def check(facts: AdapterFacts, runtimes: Sequence[str]) -> Check:
 
 def _match(facts: AdapterFacts, runtime: str, name: str, evidence: str) -> RuleMatch:
     rule = RUNTIMES[runtime].rules[name]
-    limit = next((one for one in VLLM_RANKS[1:] if one >= facts.largest_rank), VLLM_RANKS[-1])
+    limit = vllm_limit(facts.largest_rank) or VLLM_RANKS[-1]
     values = {"adapter": shlex.quote(str(facts.folder)), "format": runtime, "limit": limit}
     remedy = REMEDIES[rule.remedy].format(**values) if rule.remedy else ""
     return RuleMatch(runtime, name, evidence, rule, remedy)

@@ -63,6 +63,11 @@ class Condition:
     compares: bool = False
 
 
+def vllm_limit(rank: int) -> int | None:
+    """Return the smallest `--max-lora-rank` of vLLM for a rank, at least 8; None if the rank is above all."""
+    return next((limit for limit in VLLM_RANKS[1:] if limit >= rank), None)
+
+
 def _set(field: str) -> Condition:
     """Return the condition that a field of the config is set."""
 

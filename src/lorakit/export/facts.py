@@ -61,6 +61,11 @@ class BaseFacts:
     config: JsonObject
     template: str | None
 
+    @property
+    def model_type(self) -> str:
+        """Its `model_type`, which the catalog of published models lacks."""
+        return str(self.config.get("model_type") or self.shape.model_type)
+
 
 @dataclass(frozen=True)
 class AdapterFacts:

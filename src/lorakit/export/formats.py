@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.durable_folders import publish_directory
-from lorakit.errors import UsageError
+from lorakit.errors import AdapterError, UsageError
 from lorakit.export.gguf import llama_commands, write_gguf
 from lorakit.export.mlx import mlx_commands, write_mlx
 from lorakit.export.peft_folder import serving_commands, write_peft
@@ -18,14 +18,15 @@ from lorakit.export.request import Exported, ExportRequest, versioned
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """What a runtime reads.
+    """Form in which a runtime reads adapters.
 
     Attributes:
         title: What is written, for messages.
         write: Function that writes the files for a request to an empty directory.
         commands: Function from the name of an export, the base and the rank to how runtimes load it: title -> command.
-        needs_base: Whether the request must have the base, of which only the config is read.
+        needs_base: Whether the request must have the base; only its config is read.
         is_library: Whether the output directory holds several exports, each in `NAME@HASH12`, instead of one.
+        takes_invocation: Whether the runtime runs adapters that wait for tokens (aLoRA).
         verified_as: The runtime of `lorakit.verify` that computes with what this format has.
     """
 
@@ -34,6 +35,7 @@ class ExportFormat:
     commands: Callable[[str, str, int], Mapping[str, str]]
     needs_base: bool = False
     is_library: bool = False
+    takes_invocation: bool = False
     verified_as: str = "reloaded"
 
 
@@ -44,7 +46,12 @@ FORMATS: Mapping[str, ExportFormat] = {
     "sglang": _PEFT,
     "peft": _PEFT,
     "gguf": ExportFormat(
-        "a GGUF adapter for llama.cpp", write_gguf, llama_commands, needs_base=True, verified_as="gguf"
+        "a GGUF adapter for llama.cpp",
+        write_gguf,
+        llama_commands,
+        needs_base=True,
+        takes_invocation=True,
+        verified_as="gguf",
     ),
     "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, mlx_commands, needs_base=True, verified_as="mlx"),
 }
@@ -54,13 +61,16 @@ FORMATS: Mapping[str, ExportFormat] = {
 def export(name: str, request: ExportRequest, output: Path) -> tuple[Exported, Path]:
     """Write an adapter in a format, and return what was written and its directory; an error leaves nothing.
 
-    An export that the output directory already has is left as it is.
+    An export that the output directory already has stays unchanged.
 
     Raises:
         AdapterError: The adapter has a part that the runtime cannot apply.
         UsageError: The output directory has another export of this name, or files.
     """
-    entry = FORMATS[name]
+    entry, source = FORMATS[name], request.adapter.folder
+    if request.adapter.invocation and not entry.takes_invocation:
+        text = f"{source}: as {entry.title}, an adapter that waits for tokens (aLoRA) is rejected; export it as gguf."
+        raise AdapterError(text, what="aLoRA", where=source)
     if not entry.is_library:
         with publish_directory(output) as folder:
             return entry.write(request, folder), output

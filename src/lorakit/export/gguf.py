@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from lorakit.choices import EMBEDDING
 from lorakit.errors import AdapterError, UsageError, require_packages
-from lorakit.export.facts import base_facts
 from lorakit.export.request import Exported, ExportRequest, versioned
-from lorakit.export.sites import check_sites
+from lorakit.export.sites import check_sites, tested_base
 from lorakit.tables import format_some
 
 if TYPE_CHECKING:
+    import gguf
+
     from lorakit.architectures.shapes import ModelShape
 
 ARCHITECTURES: Mapping[str, str] = {
@@ -41,21 +43,21 @@ _BLOCK = re.compile(r"blk\.\d+\.")
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """How GGUF files hold the weights of a base.
-
-    Attributes:
-        architecture: Its name in GGUF files.
-    """
+    """Names and order of a base's weights in GGUF files; `architecture` is its name there."""
 
     architecture: str
     shape: ModelShape
 
-    def name(self, path: str) -> str | None:
-        """Return the name of a module's weight in GGUF files, without `.weight`; None if they have none."""
+    @cached_property
+    def _names(self) -> gguf.TensorNameMap:
         import gguf
 
         number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == self.architecture)
-        found = gguf.get_tensor_name_map(number, self.shape.layers).get_name(path)
+        return gguf.get_tensor_name_map(number, self.shape.layers)
+
+    def name(self, path: str) -> str | None:
+        """Return the name of a module's weight in GGUF files, without `.weight`; None if they have none."""
+        found = self._names.get_name(path)
         return None if found is None else str(found)
 
     def rows(self, name: str, B: Tensor) -> Tensor:
@@ -77,20 +79,13 @@ def layout_of(request: ExportRequest) -> GgufLayout:
     require_packages("Writing GGUF files", "gguf", ["gguf"])
     import gguf
 
-    base = request.known_base
-    shape = base_facts(base).shape
-    kind = shape.model_type
-    architecture = ARCHITECTURES.get(kind, kind)
-    if kind not in ARCHITECTURES and not request.allow_untested:
-        text = (
-            f"{base.given}: llama.cpp was tested with {', '.join(sorted(ARCHITECTURES))}, not with {kind!r}; pass "
-            "--untested-architecture to export nevertheless, and compare it with `lorakit verify`."
-        )
-        raise UsageError(text, what=kind, where=base.given, field="untested_architecture")
+    base = tested_base(request, ARCHITECTURES, "llama.cpp")
+    architecture = ARCHITECTURES.get(base.model_type, base.model_type)
     if architecture not in gguf.MODEL_ARCH_NAMES.values():
-        text = f"{base.given}: llama.cpp has no architecture {kind!r}."
-        raise UsageError(text, what=kind, where=base.given)
-    return GgufLayout(architecture, shape)
+        given = request.known_base.given
+        text = f"{given}: llama.cpp has no architecture {base.model_type!r}."
+        raise UsageError(text, what=base.model_type, where=given)
+    return GgufLayout(architecture, base.shape)
 
 
 def write_gguf(request: ExportRequest, folder: Path) -> Exported:
@@ -119,18 +114,13 @@ def write_gguf(request: ExportRequest, folder: Path) -> Exported:
         A = factor.A.T if name == TOKENS else factor.A  # rows of A are looked up by token id
         writer.add_tensor(f"{name}.weight.lora_a", _array(A))
         writer.add_tensor(f"{name}.weight.lora_b", _array(layout.rows(name, factor.B)))
-    written(writer)
-    named = versioned(request.name, folder)
-    file.rename(folder / f"{named}.gguf")
-    return Exported(named, llama_commands(named, "BASE", adapter.rank))
-
-
-def written(writer: Any) -> None:
-    """Write everything that was added to a GGUF file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    named = versioned(request.name, folder)
+    file.rename(folder / f"{named}.gguf")
+    return Exported(named, request.known_base.recorded_name)
 
 
 def llama_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:

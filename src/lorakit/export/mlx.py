@@ -16,12 +16,10 @@ from torch import Tensor
 
 from lorakit.config import CONFIG_FILE
 from lorakit.durable import write_bytes, write_json
-from lorakit.errors import AdapterError, UsageError
 from lorakit.export.conditions import unread_rope
-from lorakit.export.facts import base_facts
 from lorakit.export.request import Exported, ExportRequest, versioned
 from lorakit.export.rules import REMEDIES
-from lorakit.export.sites import check_sites
+from lorakit.export.sites import check_sites, tested_base
 
 MLX_WEIGHTS = "adapters.safetensors"
 
@@ -38,26 +36,17 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     """Write an adapter for mlx-lm to an empty directory.
 
     Raises:
-        AdapterError: The adapter has sites that mlx-lm cannot adapt, or waits for tokens (aLoRA).
+        AdapterError: The adapter has sites that mlx-lm cannot adapt.
         UsageError: The architecture was not tested.
 
     Source:
         mlx_lm/tuner/utils.py and mlx_lm/tuner/lora.py (0.32.2).
     """
     adapter, source = request.adapter, request.known_base
-    base = base_facts(source)
+    base = tested_base(request, ROOTS, "mlx-lm")
     shape = base.shape
-    if shape.model_type not in ROOTS and not request.allow_untested:
-        text = (
-            f"{source.given}: mlx-lm was tested with {', '.join(sorted(ROOTS))}, not with {shape.model_type!r}; "
-            "pass --untested-architecture to export nevertheless."
-        )
-        raise UsageError(text, what=shape.model_type, where=source.given, field="untested_architecture")
-    if adapter.invocation:
-        text = f"{adapter.folder}: mlx-lm cannot run adapters that wait for tokens (aLoRA); export it as gguf."
-        raise AdapterError(text, what="aLoRA", where=adapter.folder)
     check_sites(adapter, shape, "mlx-lm")
-    root = ROOTS.get(shape.model_type, "model.")
+    root = ROOTS.get(base.model_type, "model.")
     tensors, keys, first = dict[str, Tensor](), set[str](), shape.layers
     for path, factor in adapter.weights.factors.items():
         there = f"model.{path.removeprefix(root)}" if path.startswith(root) else path
@@ -73,7 +62,7 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     name, served = versioned(request.name, folder), request.served_base or source.recorded_name
     unread = unread_rope(base)
     notes = (f"{source.given}: {unread}, which mlx-lm does not read: {REMEDIES['theta']}.",) if unread else ()
-    return Exported(name, mlx_commands(name, served, adapter.rank), notes)
+    return Exported(name, served, notes)
 
 
 def mlx_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:

@@ -7,37 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorakit import hub
-from lorakit.durable import read_bytes, write_bytes, write_text
-from lorakit.errors import AdapterError, UsageError
-from lorakit.export.conditions import VLLM_RANKS
+from lorakit.durable import write_bytes, write_text
+from lorakit.errors import UsageError
+from lorakit.export.conditions import vllm_limit
 from lorakit.export.request import Exported, ExportRequest, versioned
 from lorakit.hub_cache import CARD
-
-MOST_TOKENIZER_BYTES = 256 << 20
 
 
 def write_peft(request: ExportRequest, folder: Path) -> Exported:
     """Write an adapter in the common form, with its tokenizer, to a directory.
 
     Raises:
-        AdapterError: The adapter waits for tokens (aLoRA), which these runtimes reject.
         UsageError: The base has no name by which a runtime can be started.
     """
     adapter = request.adapter
-    if adapter.invocation:
-        text = f"{adapter.folder}: vLLM and SGLang reject adapters that wait for tokens (aLoRA); export it as gguf."
-        raise AdapterError(text, what="aLoRA", where=adapter.folder)
     base = request.served_base or adapter.weights.config.base_model_name_or_path
     if base is None:
         text = f"{adapter.folder}: the adapter does not name its base; pass --served-base, the --model of the runtime."
         raise UsageError(text, field="served_base", where=adapter.folder)
     adapter.save(folder, base, {"verified": request.verified} if request.verified else {})
-    for path in hub.tokenizer_files(adapter.folder):
-        write_bytes(folder / path.name, read_bytes(path, MOST_TOKENIZER_BYTES))
+    for file, content in hub.tokenizer_contents(adapter.folder).items():
+        write_bytes(folder / file, content)
     name = versioned(request.name, folder)
     if request.card is not None:
         write_text(folder / CARD, request.card(adapter.folder, folder, name))
-    return Exported(name, serving_commands(name, base, adapter.rank))
+    return Exported(name, base)
 
 
 def serving_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
@@ -52,7 +46,7 @@ def serving_commands(name: str, base: str, rank: int, output: str = "OUTPUT") ->
         f"python -m sglang.launch_server --model-path {model} --host 127.0.0.1 --enable-lora --max-lora-rank {rank} "
         f"--lora-target-modules all --lora-paths {pair}"
     )
-    limit = next((limit for limit in VLLM_RANKS[1:] if limit >= rank), None)
+    limit = vllm_limit(rank)
     if limit is None:
         return {"SGLang": sglang}
     options = f"--host 127.0.0.1 --enable-lora --max-lora-rank {limit}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,12 +55,12 @@ class Exported:
 
     Attributes:
         name: `NAME@HASH12`, where the hash is that of everything that can change an answer.
-        commands: Runtime -> the command line that serves the adapter, with OUTPUT for the output directory.
+        base: The base as the runtime is started with it.
         notes: Messages for the user.
     """
 
     name: str
-    commands: Mapping[str, str] = field(default_factory=dict)
+    base: str
     notes: tuple[str, ...] = ()
 
 
@@ -77,9 +77,8 @@ def check_name(name: str) -> str:
 def name_of(folder: Path) -> str:
     """Return a name for an adapter: that of its directory, or of the run directory that contains it."""
     folder = folder.resolve()
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.parent.name if folder.name == "adapter" else folder.name).lstrip(
-        "._-"
-    )
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
 
 
 def versioned(name: str, folder: Path) -> str:

@@ -1,15 +1,35 @@
-"""The sites of an adapter, compared with those of its base, for runtimes that adapt only some modules."""
+"""Checks of a base and of an adapter's sites on it, for runtimes that adapt only some modules of some bases."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, UsageError
+from lorakit.export.facts import BaseFacts, base_facts
 from lorakit.tables import format_some
 
 if TYPE_CHECKING:
     from lorakit.architectures.shapes import ModelShape
     from lorakit.core import CommonAdapter
+    from lorakit.export.request import ExportRequest
+
+
+def tested_base(request: ExportRequest, tested: Collection[str], runtime: str) -> BaseFacts:
+    """Return the base of a request, if a runtime was tested with its `model_type` or the request allows others.
+
+    Raises:
+        UsageError: The architecture was not tested, or the base is not known.
+    """
+    base = base_facts(request.known_base)
+    if base.model_type not in tested and not request.allow_untested:
+        given = request.known_base.given
+        text = (
+            f"{given}: {runtime} was tested with {', '.join(sorted(tested))}, not with {base.model_type!r}; pass "
+            "--untested-architecture to export nevertheless, and compare it with `lorakit verify`."
+        )
+        raise UsageError(text, what=base.model_type, where=given, field="untested_architecture")
+    return base
 
 
 def check_sites(adapter: CommonAdapter, shape: ModelShape, runtime: str, *, allow_tied: bool = False) -> None:

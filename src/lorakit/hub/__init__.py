@@ -38,6 +38,7 @@ from lorakit.hub.models import (
     load_tokenizer,
     save_model,
     stored_as_files,
+    tokenizer_contents,
     tokenizer_files,
 )
 from lorakit.hub.packaged import PACKAGED, packaged_directory
@@ -102,6 +103,7 @@ __all__ = [
     "shape_of_module",
     "skeleton",
     "stored_as_files",
+    "tokenizer_contents",
     "tokenizer_files",
     "tokenizer_hash",
     "tokenizer_settings",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.choices import DTYPES
-from lorakit.durable import JsonValue
+from lorakit.durable import JsonValue, read_bytes
 from lorakit.errors import ConfigError, DiskError, ModelError
 from lorakit.hub import gguf_files
 from lorakit.hub.converting import converted_files, has_matrices_in, load_weights
@@ -41,6 +41,9 @@ from lorakit.terminal import working
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MOST_TOKENIZER_BYTES = 256 << 20
+"""Maximum size of a tokenizer's file that is copied."""
 
 
 def load_model(
@@ -295,6 +298,11 @@ def load_base(
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files in a directory whose names match `TOKENIZER_FILES`."""
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def tokenizer_contents(folder: Path) -> dict[str, bytes]:
+    """Return the contents of the tokenizer's files in a directory, by name."""
+    return {path.name: read_bytes(path, MOST_TOKENIZER_BYTES) for path in tokenizer_files(folder)}
 
 
 def adapter_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

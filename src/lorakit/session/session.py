@@ -193,11 +193,8 @@ class Session:
         Raises:
             UsageError: An adapter is not loaded, or the session is closed.
         """
-        files, merged = (
-            {name: self.adapters[name] for name in map(self._chosen, names) if name is not None},
-            self.merged,
-        )
-        model = self.model
+        files = {name: self.adapters[name] for name in map(self._chosen, names) if name is not None}
+        merged, model = self.merged, self.model
 
         def check() -> None:
             if self.model is not model or self.merged is not merged:
@@ -506,10 +503,8 @@ class Session:
         task = self.spec.task
         run = task.task.predict
         assert run is not None  # checked by `to_predict`
-        context, check = (
-            PredictContext(self.device, task.target, rows.tokenizer, max_new_tokens),
-            self._unchanged([adapter]),
-        )
+        context = PredictContext(self.device, task.target, rows.tokenizer, max_new_tokens)
+        check = self._unchanged([adapter])
         with self._measurement():
             for batch, records in rows.batches(self.spec):
                 with self._lock:

@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit import hub
-from lorakit.core import common_form
 from lorakit.errors import ModelError, UsageError, describe, require_packages
-from lorakit.export.formats import export
-from lorakit.export.request import ExportRequest, name_of
 from lorakit.verify.http_client import JsonClient
 from lorakit.verify.loaded import package_versions
 from lorakit.verify.runtime import Runtime, RuntimeRequest
-from lorakit.verify.servers import LlamaServer
+from lorakit.verify.servers import LlamaServer, listed_models
 
 
 @contextlib.contextmanager
@@ -29,13 +26,9 @@ def open_gguf(request: RuntimeRequest) -> Iterator[Runtime]:
     """
     require_packages("Verifying in llama.cpp", "runtimes", ["xllamacpp"])
     base = base_file(request)
-    exported = ExportRequest(common_form(request.folder), name_of(request.folder), request.spec.source, None, True)
-    _, folder = export("gguf", exported, request.workspace / "gguf")
-    (adapter,) = folder.glob("*.gguf")
+    (adapter,) = request.export("gguf").glob("*.gguf")
     with running(base, adapter, request) as client:
-        models = client.get("/v1/models")["data"]
-        assert isinstance(models, list)
-        runtime = LlamaServer(client, models, request, adapter.stem)
+        runtime = LlamaServer(client, listed_models(client), request, adapter.stem)
         runtime.versions = {**package_versions("xllamacpp"), **runtime.versions}
         yield runtime
 

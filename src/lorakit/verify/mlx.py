@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import hub
-from lorakit.core import common_form
 from lorakit.errors import UsageError, require_packages
-from lorakit.export.formats import export
-from lorakit.export.request import ExportRequest, name_of
 from lorakit.verify.loaded import encoded, package_versions
 from lorakit.verify.prompts import Prompt
 from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
@@ -32,9 +29,7 @@ def open_mlx(request: RuntimeRequest) -> Iterator[Runtime]:
     if base is None or not base.is_dir():
         text = f"{source.given}: mlx-lm needs the base as a model directory; pass one as --model."
         raise UsageError(text, where=source.given, field="model")
-    exported = ExportRequest(common_form(request.folder), name_of(request.folder), source, None, True)
-    _, folder = export("mlx", exported, request.workspace / "mlx")
-    yield MlxRuntime(base, folder, request)
+    yield MlxRuntime(base, request.export("mlx"), request)
 
 
 class MlxRuntime:

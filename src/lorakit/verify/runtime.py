@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lorakit.core import common_form
+from lorakit.export.formats import export
+from lorakit.export.request import ExportRequest, name_of
 from lorakit.session import SessionSpec
 from lorakit.verify.prompts import Prompt
 
@@ -65,6 +68,11 @@ class RuntimeRequest:
     def folder(self) -> Path:
         """Directory of the adapter."""
         return self.spec.files[0].folder
+
+    def export(self, name: str) -> Path:
+        """Export the adapter in a format to the workspace, and return its directory."""
+        request = ExportRequest(common_form(self.folder), name_of(self.folder), self.spec.source, allow_untested=True)
+        return export(name, request, self.workspace / name)[1]
 
     @property
     def dtype(self) -> str:

@@ -28,16 +28,22 @@ def open_url(url: str, request: RuntimeRequest) -> Iterator[Runtime]:
         ModelError: The server does not answer, or does not have the adapter.
     """
     client = JsonClient(url, request.key, request.timeout)
-    listed = client.get("/v1/models").get("data")
-    models = [model for model in map(as_object, listed if isinstance(listed, list) else []) if model.get("id")]
-    if not models:
-        client.fail("/v1/models lists no models.")
+    models = listed_models(client)
     runtime: Runtime
     if models[0].get("owned_by") == "llamacpp":
         runtime = LlamaServer(client, models, request)
     else:
         runtime = OpenAiServer(client, models, request)
     yield runtime
+
+
+def listed_models(client: JsonClient) -> list[JsonObject]:
+    """Return the models that a server lists; a ModelError if there are none."""
+    listed = client.get("/v1/models").get("data")
+    models = [model for model in map(as_object, listed if isinstance(listed, list) else []) if model.get("id")]
+    if not models:
+        client.fail("/v1/models lists no models.")
+    return models
 
 
 CERTAIN = 1e9

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -79,15 +79,15 @@ _BESIDES = {
     "trainable_token_indices": "trained token rows",
     "lora_bias": "biases of B",
     "layer_replication": "replicated layers",
+    "bias": "trained biases",
 }
 """Config field -> what it adds to an adapter that no other runtime applies as LoRA."""
 
 
 def besides_lora(config: LoraConfig) -> list[str]:
     """Return what the config of an adapter says that prevents its common form; empty if nothing does."""
-    found = [f"{variant.title} ({variant.field})" for variant in variants_of(config) if not _is_plain(variant)]
-    found += [f"{title} ({field})" for field, title in _BESIDES.items() if getattr(config, field)]
-    return found if config.bias == "none" else [*found, "trained biases (bias)"]
+    found = [field for field in _BESIDES if (value := getattr(config, field)) and value != "none"]
+    return [*_not_plain(variants_of(config)), *map(_named, found)]
 
 
 def _listed(targets: set[str] | str | None) -> set[str] | None:
@@ -105,13 +105,12 @@ def _common(factor: SiteFactors, rank: int) -> SiteFactors:
 
 def _check_plain(adapter: AdapterWeights) -> None:
     """Reject an adapter with parts that are not plain LoRA, naming all of them."""
-    variants = dict.fromkeys(factor.variant for factor in adapter.factors.values())
-    problems = [f"{variant.title} ({variant.field})" for variant in variants if not _is_plain(variant)]
+    problems = _not_plain(dict.fromkeys(factor.variant for factor in adapter.factors.values()))
     problems += dict.fromkeys(_what(name) for name in adapter.others)
     if any(factor.bias is not None for factor in adapter.factors.values()):
-        problems.append("biases of B (lora_bias)")
+        problems.append(_named("lora_bias"))
     if adapter.config.layer_replication:
-        problems.append("replicated layers (layer_replication)")
+        problems.append(_named("layer_replication"))
     if problems:
         text = f"{adapter.label}: the adapter contains {', '.join(problems)}, which runtimes cannot apply as LoRA. "
         raise AdapterError(text + MERGE, what=problems[0], where=adapter.label)
@@ -127,5 +126,13 @@ def _what(name: str) -> str:
     """Return what a tensor that belongs to no site is, for messages."""
     module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
     if name.endswith(ROWS):
-        return "trained token rows (trainable_token_indices)"
-    return "trained biases (bias)" if parameter == "bias" else f"the saved module {module} (modules_to_save)"
+        return _named("trainable_token_indices")
+    return _named("bias") if parameter == "bias" else f"the saved module {module} (modules_to_save)"
+
+
+def _named(field: str) -> str:
+    return f"{_BESIDES[field]} ({field})"
+
+
+def _not_plain(variants: Iterable[Variant]) -> list[str]:
+    return [f"{variant.title} ({variant.field})" for variant in variants if not _is_plain(variant)]
