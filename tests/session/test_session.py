@@ -22,6 +22,8 @@ from lorakit.session import Session
 from lorakit.session import session as session_module
 from lorakit.session.base_matmul import unsupported
 
+from ..stored_hub import StoredHub
+
 Save = Callable[..., Path]
 PROMPT = "hello world"
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
@@ -388,6 +390,25 @@ def test_an_adapter_with_other_classes_is_not_loaded_later(
         assert {*next(session.predict(texts=["hello"], adapter="fits"))["scores"]} == {"ham", "spam"}
         with pytest.raises(UsageError):  # trained for another task
             session.load_adapter("text", save_adapter("text", model=session.model, task_type="CAUSAL_LM"))
+
+
+def test_rows_are_read_as_in_the_training_of_an_adapter_from_the_hub_that_is_loaded_later(
+    tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows, model = tmp_path / "made", tmp_path / "rows.jsonl", hub.load_model(tiny_model_directory)
+    core.attach(model, lorakit.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "made")
+    training = {"shape": "text", "columns": {"text": "body"}, "max_length": 8}
+    core.save_adapter(model, folder, "made", facts={"training": training})
+    rows.write_text(json.dumps({"body": "hello world " * 9, "text": "hello"}) + "\n")
+    stored = StoredHub(monkeypatch, tmp_path / "cache")
+    stored.add("team/notes", folder)
+    with lorakit.open_session(str(tiny_model_directory)) as session:
+        session.load_adapter("later", "team/notes")
+        later = session.evaluate(rows)
+        session.unload_adapter("later")
+        assert session.evaluate(rows).tokens < later.tokens  # reads the column text
+    with lorakit.open_session(str(tiny_model_directory), {"first": "team/notes"}) as session:
+        assert session.evaluate(rows) == later
 
 
 @pytest.mark.skipif(bool(unsupported(torch.device("cpu"))), reason="this processor has no fast and exact int8 matmuls")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import Any
@@ -21,7 +21,6 @@ from lorakit.data.tokens import beginning, token_ids
 from lorakit.durable import JsonObject
 from lorakit.errors import MergeError, UsageError, did_you_mean
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
-from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session.base_matmul import quantize_for_int8
 from lorakit.session.coding import EvalRows, RowsToPredict, to_predict
 from lorakit.session.measuring import (
@@ -33,7 +32,7 @@ from lorakit.session.measuring import (
     oom_as_run_error,
 )
 from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format
-from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
+from lorakit.session.spec import SessionOptions, SessionSpec, read_adapter, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.speed import Acceleration, accelerate
 from lorakit.tasks import PredictContext, agree_on_padding
@@ -139,13 +138,13 @@ class Session:
 
         Args:
             name: Name of the adapter in this session.
-            adapter: Directory of an adapter or a run, or the files that were read from it.
+            adapter: Directory of an adapter or a run, or Hub id, or the files that were read from it.
 
         Raises:
             UsageError: The adapter was trained for another task or other classes.
             LorakitError: The adapter cannot be read or does not match the base; see `lorakit.load_adapter`.
         """
-        files = adapter if isinstance(adapter, AdapterFiles) else core.read_adapter(adapter)
+        files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
         self.spec.check_adapter(files)
         with self._lock:
             self._unaccelerate()  # an adapter may add rows to the base
@@ -181,6 +180,12 @@ class Session:
             text = f"there is no adapter {adapter!r} in this session (loaded: {listed})."
             raise UsageError(text, what=adapter, field="adapter", allowed=tuple(self.adapters))
         return adapter
+
+    @property
+    def _as_trained(self) -> SessionSpec:
+        """The spec with the adapters that are loaded now: their trainings say how rows are read."""
+        facts = [files.sidecar.facts for files in self.adapters.values()]
+        return replace(self.spec, adapters=self.adapters, facts=facts) if facts else self.spec
 
     def _active(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         if not self.adapters:
@@ -444,10 +449,10 @@ class Session:
         if name is None and self.new_modules:
             text = f"the model has no weights for {self.new_modules[0]}; pass the adapter that has them."
             raise UsageError(text, what=self.new_modules[0], field="adapter")
-        records = read_records(data, request or self.spec.request())
-        rows = EvalRows(records, max_length=self.spec.max_length(max_length), batch_rows=batch_rows)
-        tokenizer = self._tokenizer_of(name)
-        coding = rows.coding(self.spec, tokenizer)
+        spec, tokenizer = self._as_trained, self._tokenizer_of(name)
+        records = read_records(data, request or spec.request())
+        rows = EvalRows(records, max_length=spec.max_length(max_length), batch_rows=batch_rows)
+        coding = rows.coding(spec, tokenizer)
         agree_on_padding(coding.task, self.spec.source, [tokenizer], self._loaded)
         batches, _ = coding.batches(tokenizer)
         return self.measure(batches(), name)
@@ -479,9 +484,10 @@ class Session:
             LorakitError: The task generates text, or the rows cannot be read.
         """
         self.spec.check_predicts()
-        chosen = request or self.spec.request(needs_label=False)
+        spec = self._as_trained
+        chosen = request or spec.request(needs_label=False)
         records = text_records(texts, chosen) if texts else read_records(data, chosen)
-        name, length = self._chosen(adapter), self.spec.max_length(max_length)
+        name, length = self._chosen(adapter), spec.max_length(max_length)
         rows = RowsToPredict.of(self.spec, records, length, batch_rows, self._tokenizer_of(name))
         return self.predictions(rows, name)
 
@@ -578,8 +584,7 @@ def open_session(
         raise UsageError(text, what=str(adapters), field="adapters")
     if task is not None and task not in TASK_NAMES:
         raise UsageError.of("task", task, allowed=TASK_NAMES)
-    folders = {name: str(given) for name, given in (adapters or {}).items()}
-    files = {name: core.read_adapter(adapter_from_hub(at) if is_on_hub(at) else at) for name, at in folders.items()}
+    files = {name: read_adapter(given) for name, given in (adapters or {}).items()}
     spec = session_spec(model, files, SessionOptions(**options), task)
     ids = [beginning(spec.tokenizer) + token_ids(spec.tokenizer, text) for text in calibration]
     return Session.load(spec if spec.task.task.generates else to_predict(spec), ids)

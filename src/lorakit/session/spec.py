@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from lorakit import hub
+from lorakit import core, hub
 from lorakit.choices import BASE_MATMULS, MATMUL_IN_INT8
 from lorakit.config import LoraConfig
 from lorakit.core import AdapterFiles
 from lorakit.data import Request
 from lorakit.durable import JsonObject, as_object, read_json
 from lorakit.errors import ConfigError, ModelError, UsageError
-from lorakit.hub_cache import is_on_hub, with_revision
+from lorakit.hub_cache import adapter_from_hub, is_on_hub, with_revision
 from lorakit.plan.quantized import Quantization
 from lorakit.session.base_matmul import unsupported
 from lorakit.session.prompts import Remark
@@ -254,6 +254,11 @@ class SessionSpec:
         in_files = self.options.base_matmul == MATMUL_IN_INT8 and not unsupported(self.device)
         how = hub.LoadOptions(self.options.dtype, self.device, self.options.stored, in_files)
         return load_model_for(self.task, self.source, how, tokenizer, [files.folder for files in self.files])
+
+
+def read_adapter(adapter: str | Path) -> AdapterFiles:
+    """Read an adapter, given its directory, that of its run, or its Hub id ("owner/name[@revision]")."""
+    return core.read_adapter(adapter_from_hub(str(adapter), has_tokenizer=True) if is_on_hub(adapter) else adapter)
 
 
 def session_spec(

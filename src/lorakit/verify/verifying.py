@@ -11,12 +11,11 @@ from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lorakit import core
 from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.generate import context_tokens
-from lorakit.hub_cache import adapter_from_hub, is_on_hub
 from lorakit.session import Session, SessionOptions, SessionSpec, session_spec
 from lorakit.session.prompts import end_ids, prompt_format
+from lorakit.session.spec import read_adapter
 from lorakit.verify.llama_cpp import open_gguf
 from lorakit.verify.loaded import ADAPTER, SessionRuntime, chosen, open_merged, open_reloaded, package_versions
 from lorakit.verify.mlx import open_mlx
@@ -134,8 +133,7 @@ def verify(
         LorakitError: A runtime cannot be opened or asked; the error class and message say why.
     """
     entries = {target: entry_of(target) for target in against}
-    given = str(adapter)
-    files = core.read_adapter(adapter_from_hub(given, has_tokenizer=True) if is_on_hub(given) else given)
+    files = read_adapter(adapter)
     spec = session_spec(options.model, {ADAPTER: files}, options.session, say=say)
     spec.check_generates()
     prompts = read_prompts(spec, options.data, options.prompts)
@@ -151,7 +149,7 @@ def verify(
                 say(f"{target}: asking {runtime.title}")
                 comparisons.append(_compared(target, runtime, references, options.new_tokens, request.end_ids))
     return VerifyReport(
-        adapter=given,
+        adapter=str(adapter),
         weights_sha256=files.file.sha256,
         base=spec.source.base_name,
         dtype=request.dtype,
