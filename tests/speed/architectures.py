@@ -42,7 +42,7 @@ SIZES: dict[int, tuple[str, ...]] = {
         *("linear_key_head_dim", "linear_value_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
         *("query_pre_attn_scalar", "sliding_window", "sliding_window_size", "attention_window", "block_size"),
         *("hidden_size_per_layer_input", "num_buckets", "mamba_d_state", "mamba_n_heads", "mamba_d_head"),
-        *("mamba_num_heads", "mamba_head_dim", "state_size", "ssm_state_size"),
+        *("mamba_num_heads", "mamba_head_dim", "state_size", "ssm_state_size", "chunk_size", "mamba_chunk_size"),
     ),
     16: (
         *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
@@ -57,7 +57,10 @@ SIZES: dict[int, tuple[str, ...]] = {
         *("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", "dim_ff", "ffn_hidden_size", "encoder_ffn_dim"),
         *("decoder_ffn_dim", "prefix_dense_intermediate_size"),
     ),
-    64: ("vocab_size", "vocab_size_per_layer_input"),
+    64: (
+        *("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "pronunciation_vocab_size"),
+        *("shape_vocab_size", "src_vocab_size", "tgt_vocab_size"),
+    ),
     128: ("max_position_embeddings", "n_positions", "n_ctx"),
 }
 OTHERS: tuple[dict[str, int], ...] = (
