@@ -22,10 +22,13 @@ Recompute = Literal["none", "feed-forward", "layers"]
 BaseMatmul = Literal["dtype", "int8"]
 Optimizer = Literal["adamw", "adamw8bit", "lorafa", "muon"]
 ExportFormatName = Literal["peft", "vllm", "sglang", "gguf", "mlx"]
-"""Names in `lorakit.export.formats.FORMATS`."""
+"""Names in `lorakit.export.formats.FORMATS`, without their flags."""
+
+GgufType = Literal["F32", "F16", "BF16", "Q8_0"]
+"""Storage formats of merged weights in GGUF files."""
 
 RuntimeName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "peft"]
-VerifyName = Literal["reloaded", "merged", "gguf", "mlx"]
+VerifyName = Literal["reloaded", "merged", "gguf", "gguf-merged", "mlx"]
 """Names in `lorakit.verify.verifying.RUNTIMES`, which also has schemes of URLs."""
 
 Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]

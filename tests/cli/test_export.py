@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.small_gguf import own_gguf_cache, write_gguf  # noqa: F401 - a fixture
 
 from lorakit import core, hub
 from lorakit.cli import main
 from lorakit.core.operations import common_form
+from lorakit.export import gguf, gguf_base
 
 Save = Callable[..., Path]
 
@@ -80,3 +82,55 @@ def test_an_export_with_other_answers_is_not_written(
     words = ["export", "vllm", str(save_adapter("notes")), "--output-dir", str(tmp_path / "out")]
     assert main([*words, "--model", str(tiny_model_directory), "--served-base", "base", "--verify"]) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def base_gguf(tmp_path: Path, tiny_model_directory: Path) -> Path:
+    """`tiny_model_directory` as a GGUF file in F32."""
+    model, tokenizer = hub.load_model(tiny_model_directory), hub.load_tokenizer(tiny_model_directory)
+    model.resize_token_embeddings(len(tokenizer))  # llama.cpp wants as many rows as tokens
+    model.save_pretrained(tiny_model_directory)
+    return write_gguf(tmp_path / "base.gguf", model, tokenizer, "F32")
+
+
+@pytest.mark.parametrize("outtype", ["F32", "Q8_0"])
+def test_a_merged_model_is_verified_in_llama_cpp(
+    base_gguf: Path, save_adapter: Save, tmp_path: Path, outtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+    words = ["export", "gguf", str(save_adapter("notes")), "--merged", "--base-gguf", str(base_gguf)]
+    words += ["--model", str(tmp_path / "tiny-llama"), "--outtype", outtype, "--verify", "--json"]
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "merged, in llama.cpp: log-probabilities differ by at most" in said.err
+    name = json.loads(said.out)["name"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", f"{name}.gguf"]
+    assert set(json.loads(said.out)["commands"]) == {"llama.cpp", "Ollama", "llama-quantize"}
+    assert 'TEMPLATE """{{- range .Messages }}<|im_start|>' in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_a_gguf_adapter_is_verified_on_another_file(base_gguf: Path, save_adapter: Save, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    words = ["export", "gguf", str(save_adapter("notes")), "--model", str(tmp_path / "tiny-llama"), "--verify"]
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
+    assert main([*words, "--output-dir", str(tmp_path / "out"), "--base-gguf", str(base_gguf)]) == 0
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".gguf"]
+
+
+def test_a_wrong_merge_is_not_written(
+    base_gguf: Path, save_adapter: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(gguf.GgufLayout, "rows", lambda layout, name, B: B)
+    adapter = save_adapter("notes")
+    (adapter / "lorakit.json").unlink()  # has samples of the base, at other positions
+    words = ["export", "gguf", str(adapter), "--merged", "--base-gguf", str(base_gguf), "--outtype", "F32", "--verify"]
+    monkeypatch.setattr(gguf_base.GgufBase, "check", lambda base, request: True)
+    assert main([*words, "--model", str(tmp_path / "tiny-llama"), "--output-dir", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_gguf_is_merged(save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "vllm", str(save_adapter("notes")), "--merged", "--output-dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "--merged" in capsys.readouterr().err and not (tmp_path / "out").exists()

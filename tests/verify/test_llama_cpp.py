@@ -65,6 +65,29 @@ def test_other_dtypes_are_reported(folder: Path, base: Path, tiny_llama: Any, ti
     assert one.difference > 1e-3
 
 
+@pytest.mark.parametrize("outtype", ["F32", "F16"])
+def test_a_merged_model(folder: Path, base: Path, outtype: Any) -> None:
+    (one,) = compared(folder, base, "gguf-merged", base_gguf=base.with_suffix(".gguf"), outtype=outtype).values()
+    assert one.problems == [] and one.other_tokens == () and one.base_difference is None
+    assert (one.difference < 1e-3, one.is_judged) == ((True, True) if outtype == "F32" else (False, False))
+    assert list(one.distances) == ["lorakit's base"]
+
+
+def test_a_merged_model_of_a_rounded_base(folder: Path, base: Path, tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    file = write_gguf(base.parent / "f16.gguf", tiny_llama, tiny_tokenizer, "F16")
+    (one,) = compared(folder, base, "gguf-merged", base_gguf=file).values()
+    assert (one.dtype, one.is_judged, one.problems) == ("float32 from F16, F32", False, [])
+
+
+def test_a_chat_template_of_lorakit(folder: Path, base: Path, tiny_tokenizer: Any) -> None:
+    from lorakit.session.tokenizers import use_template
+
+    use_template(tiny_tokenizer, "chatml", [])
+    tiny_tokenizer.save_pretrained(folder)  # with marks of answers, which other programs do not know
+    (one,) = compared(folder, base, "gguf-merged", base_gguf=base.with_suffix(".gguf")).values()
+    assert one.problems == [] and one.other_tokens == ()
+
+
 def test_a_server(folder: Path, base: Path) -> None:
     from lorakit.core import common_form
     from lorakit.export.request import ExportRequest

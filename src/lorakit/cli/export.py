@@ -8,12 +8,12 @@ from typing import Annotated, get_args
 
 from cyclopts import Parameter
 
-from lorakit.choices import ExportFormatName
+from lorakit.choices import ExportFormatName, GgufType
 from lorakit.cli import console
 from lorakit.cli.adapters import NAME
 from lorakit.cli.early import adapter_folders, check_model, check_new_directory
 from lorakit.durable import JsonObject
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, UsageError
 from lorakit.terminal import working
 
 
@@ -34,6 +34,14 @@ class Flags:
     served_base: Annotated[
         str | None, Parameter(help="Base exactly as the runtime gets it (vLLM's --model). Default: the recorded name.")
     ] = None
+    merged: Annotated[
+        bool, Parameter(negative=(), help="For gguf: merge the adapter into --base-gguf, for llama.cpp and Ollama.")
+    ] = False
+    base_gguf: Annotated[
+        Path | None,
+        Parameter(help="Base as a GGUF file, for gguf with --merged or --verify. Default: the base, if it is one."),
+    ] = None
+    outtype: Annotated[GgufType, Parameter(help="How --merged stores the weights.")] = "F16"
     verify: Annotated[
         bool,
         Parameter(
@@ -71,7 +79,10 @@ def run(
     from lorakit.export.request import ExportRequest, check_name, name_of
     from lorakit.session.spec import recorded_base, resolve_base
 
-    entry = FORMATS[format]
+    name = f"{format} --merged" if flags.merged else format
+    if name not in FORMATS:
+        raise UsageError(f"--merged: {format} has no merged form; use gguf, or lorakit merge.", field="merged")
+    entry = FORMATS[name]
     if not entry.is_library:
         check_new_directory(flags.output_dir)
     common = common_form(folder)
@@ -85,10 +96,12 @@ def run(
         base=base,
         served_base=flags.served_base,
         allow_untested=flags.untested_architecture,
-        verified=_verified(given, folder, entry.verified_as, flags.model) if flags.verify else {},
+        base_gguf=flags.base_gguf,
+        outtype=flags.outtype,
+        verified=_verified(given, folder, entry.verified_as, flags) if flags.verify else {},
         card=_card,
     )
-    exported, target = export(format, request, flags.output_dir)
+    exported, target = export(name, request, flags.output_dir)
     commands = entry.commands(exported.name, exported.base, common.rank)
     if json:
         said = {"name": exported.name, "path": str(target), "commands": dict(commands)}
@@ -109,12 +122,13 @@ def _card(folder: Path, export: Path, name: str) -> str:
     return card_of(folder, inspect_adapter(folder).parameters, (export, name))
 
 
-def _verified(given: str, folder: str, runtime: str, model: str | None) -> JsonObject:
+def _verified(given: str, folder: str, runtime: str, flags: Flags) -> JsonObject:
     """Return the report on the adapter's answers in a runtime; an AdapterError if they differ from lorakit's."""
     from lorakit.verify import VerifyOptions, verify
 
     with working("verifying"):
-        report = verify(folder, [runtime], VerifyOptions(model=model), console.quiet)
+        options = VerifyOptions(model=flags.model, base_gguf=flags.base_gguf, outtype=flags.outtype)
+        report = verify(folder, [runtime], options, console.quiet)
     (compared,) = report.comparisons
     if not report.is_good:
         text = f"{given}: {compared.title} gives other answers: {' '.join(compared.problems)} Nothing was written."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.choices import DTYPES, VERIFY_NAMES
+from lorakit.choices import DTYPES, VERIFY_NAMES, GgufType
 from lorakit.cli import console
 from lorakit.cli.adapters import NAME
 from lorakit.cli.early import adapter_folders, check_at_least, check_choice, check_data, check_device, check_model
@@ -44,8 +44,10 @@ class Flags:
     prompts: Annotated[int, Parameter(help="Number of prompts.")] = 20
     max_new_tokens: Annotated[int, Parameter(help="Number of greedy tokens for each prompt.")] = 16
     base_gguf: Annotated[
-        Path | None, Parameter(help="Base as a GGUF file, for gguf; F32 for a comparison within the bounds.")
+        Path | None,
+        Parameter(help="Base as a GGUF file, for gguf and gguf-merged; F32 for a comparison within the bounds."),
     ] = None
+    outtype: Annotated[GgufType, Parameter(help="How gguf-merged stores the merged weights.")] = "F32"
     served_model: Annotated[
         str | None, Parameter(help="Name of the adapter on the server. Default: the one named like its directory.")
     ] = None
@@ -94,6 +96,7 @@ def run(
         new_tokens=flags.max_new_tokens,
         session=SessionOptions(flags.dtype, flags.device, revision=revision),
         base_gguf=flags.base_gguf,
+        outtype=flags.outtype,
         served_model=flags.served_model,
         key=None if flags.api_key_env is None else os.environ[flags.api_key_env],
         timeout=flags.timeout,

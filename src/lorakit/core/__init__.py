@@ -39,7 +39,13 @@ from lorakit.core.model.activation import (
     waits_for_tokens,
 )
 from lorakit.core.model.base_view import dequantize
-from lorakit.core.model.fingerprint import Fingerprint, fingerprint, weight_file_hashes, weight_file_inputs
+from lorakit.core.model.fingerprint import (
+    Fingerprint,
+    fingerprint,
+    sampled_positions,
+    weight_file_hashes,
+    weight_file_inputs,
+)
 from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
@@ -133,6 +139,7 @@ __all__ = [
     "reduce_intruders",
     "rescale",
     "route",
+    "sampled_positions",
     "save_adapter",
     "save_as_trained",
     "set_trained",

@@ -11,6 +11,7 @@ from pathlib import Path
 from lorakit.durable_folders import publish_directory
 from lorakit.errors import AdapterError, UsageError
 from lorakit.export.gguf import llama_commands, write_gguf
+from lorakit.export.merged_gguf import merged_commands, write_merged_gguf
 from lorakit.export.mlx import mlx_commands, write_mlx
 from lorakit.export.peft_folder import serving_commands, write_peft
 from lorakit.export.request import Exported, ExportRequest, versioned
@@ -24,6 +25,7 @@ class ExportFormat:
         title: What is written, for messages.
         write: Function that writes the files for a request to an empty directory.
         commands: Function from the name of an export, the base and the rank to how runtimes load it: title -> command.
+        flags: What `lorakit export` needs for a base, in model cards; "{base}" is its name.
         needs_base: Whether the request must have the base; only its config is read.
         is_library: Whether the output directory holds several exports, each in `NAME@HASH12`, instead of one.
         takes_invocation: Whether the runtime runs adapters that wait for tokens (aLoRA).
@@ -33,13 +35,16 @@ class ExportFormat:
     title: str
     write: Callable[[ExportRequest, Path], Exported]
     commands: Callable[[str, str, int], Mapping[str, str]]
+    flags: str = "--model {base}"
     needs_base: bool = False
     is_library: bool = False
     takes_invocation: bool = False
     verified_as: str = "reloaded"
 
 
-_PEFT = ExportFormat("a PEFT adapter in the common form", write_peft, serving_commands, is_library=True)
+_PEFT = ExportFormat(
+    "a PEFT adapter in the common form", write_peft, serving_commands, "--served-base {base}", is_library=True
+)
 
 FORMATS: Mapping[str, ExportFormat] = {
     "vllm": _PEFT,
@@ -53,9 +58,17 @@ FORMATS: Mapping[str, ExportFormat] = {
         takes_invocation=True,
         verified_as="gguf",
     ),
+    "gguf --merged": ExportFormat(
+        "a merged GGUF model for llama.cpp and Ollama",
+        write_merged_gguf,
+        merged_commands,
+        "--model {base} --base-gguf BASE.gguf",
+        needs_base=True,
+        verified_as="gguf-merged",
+    ),
     "mlx": ExportFormat("an adapter for mlx-lm", write_mlx, mlx_commands, needs_base=True, verified_as="mlx"),
 }
-"""Name of a format or runtime -> its entry."""
+"""Format or runtime, and flag, as given to `lorakit export` -> its entry."""
 
 
 def export(name: str, request: ExportRequest, output: Path) -> tuple[Exported, Path]:

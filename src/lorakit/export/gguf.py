@@ -101,7 +101,7 @@ def write_gguf(request: ExportRequest, folder: Path) -> Exported:
     layout, adapter = layout_of(request), request.adapter
     import gguf
 
-    names = _names(request, layout)
+    names = adapted_names(request, layout)
     file = folder / "adapter.gguf"
     writer = gguf.GGUFWriter(file, layout.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -134,10 +134,14 @@ def llama_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> M
     }
 
 
-def _names(request: ExportRequest, layout: GgufLayout) -> dict[str, str]:
-    """Return the name in GGUF files of each adapted weight, by site; an AdapterError names those that have none."""
+def adapted_names(request: ExportRequest, layout: GgufLayout, *, allow_tied: bool = False) -> dict[str, str]:
+    """Return the name in GGUF files of each adapted weight, by site.
+
+    Raises:
+        AdapterError: Sites have none, or are not those of the base; it names all of them.
+    """
     adapter = request.adapter
-    check_sites(adapter, layout.shape, "llama.cpp")
+    check_sites(adapter, layout.shape, "llama.cpp", allow_tied=allow_tied)
     kinds = {site.path: site.kind for site in layout.shape.sites}
     names = {path: layout.name(path) for path in adapter.weights.factors}
     lacking = [path for path, name in names.items() if name is None or (kinds[path] == EMBEDDING and name != TOKENS)]

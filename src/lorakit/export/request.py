@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.choices import GgufType
 from lorakit.config import SIDECAR_FILE
 from lorakit.core import CommonAdapter
 from lorakit.durable import JsonObject, sha256_bytes, sha256_file
@@ -28,6 +29,8 @@ class ExportRequest:
         base: The base, if it is known; formats that need its config reject a request without one.
         served_base: The base as the runtime is started with it: vLLM compares the string.
         allow_untested: Whether architectures that were not tested in the runtime are accepted.
+        base_gguf: The base as a GGUF file, into which the adapter is merged; None for a base that is one.
+        outtype: How the merged weights are stored.
         verified: What `lorakit verify` reported, for `lorakit.json`; empty if it was not run.
         card: Function from the directory of the adapter, and the directory and the name of its export, to the README.
     """
@@ -37,6 +40,8 @@ class ExportRequest:
     base: ModelSource | None = None
     served_base: str | None = None
     allow_untested: bool = False
+    base_gguf: Path | None = None
+    outtype: GgufType = "F16"
     verified: JsonObject = field(default_factory=dict)
     card: Callable[[Path, Path, str], str] | None = None
 

@@ -58,6 +58,7 @@ REMEDIES: Mapping[str, str] = {
     "export": "lorakit export {format} {adapter} --output-dir OUTPUT",
     "gguf": "lorakit export gguf {adapter} --output-dir OUTPUT",
     "merged": "lorakit merge --adapter {adapter} --output-dir OUTPUT, and convert the merged model to GGUF",
+    "merged gguf": "lorakit export gguf {adapter} --merged --base-gguf BASE.gguf --output-dir OUTPUT",
     "mlx": "lorakit export mlx {adapter} --output-dir OUTPUT",
     "served base": "lorakit export {format} {adapter} --served-base MODEL --output-dir OUTPUT",
     "merge": "lorakit merge --adapter {adapter} --output-dir OUTPUT, and serve the merged model",
@@ -211,11 +212,11 @@ LLAMA_CPP: Mapping[str, Rule] = {
     "shape": Rule(REJECTED, _LLAMA_LOADER, RUN, "base"),
     "missing sites": Rule(WRONG, _LLAMA_LOADER, RUN, "retrain"),
     "quantized base": Rule(UNCHECKED, "the GGUF file of the base is quantized differently"),
-    "tied head": Rule(REJECTED, _CONVERTER + "modify_tensors; llama.cpp#9065", SOURCE, "merged"),
+    "tied head": Rule(REJECTED, _CONVERTER + "modify_tensors; llama.cpp#9065", SOURCE, "merged gguf"),
     "tied embedding": Rule(
-        REJECTED, "ggml/src/ggml.c: ggml_mul_mat aborts, because the head is adapted, too", RUN, "merged"
+        REJECTED, "ggml/src/ggml.c: ggml_mul_mat aborts, because the head is adapted, too", RUN, "merged gguf"
     ),
-    "chat template": Rule(IGNORED, _CONVERTER + "set_vocab", SOURCE, "merged"),
+    "chat template": Rule(IGNORED, _CONVERTER + "set_vocab", SOURCE, "merged gguf"),
 }
 
 _MLX_LOADER = "mlx_lm/tuner/utils.py: load_adapters"
@@ -230,7 +231,7 @@ MLX: Mapping[str, Rule] = {
 }
 
 OLLAMA: Mapping[str, Rule] = {
-    "any adapter": Rule(REJECTED, "ollama#14969, mellea#1651: ADAPTER creates no model", THREAD, "merged"),
+    "any adapter": Rule(REJECTED, "ollama#14969, mellea#1651: ADAPTER creates no model", THREAD, "merged gguf"),
 }
 
 _PEFT_LOAD = "peft/utils/save_and_load.py: set_peft_model_state_dict"

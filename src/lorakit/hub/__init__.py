@@ -54,7 +54,7 @@ from lorakit.hub.sources import (
     require,
     resolve,
 )
-from lorakit.hub.tokenizer_hashes import chat_template_hash, tokenizer_hash, tokenizer_settings
+from lorakit.hub.tokenizer_hashes import chat_template_hash, render_chat, tokenizer_hash, tokenizer_settings
 
 __all__ = [
     "EMBEDDING_LIST",
@@ -94,6 +94,7 @@ __all__ = [
     "pick_device",
     "push_folder",
     "quantization_metadata",
+    "render_chat",
     "require",
     "require_quantizer",
     "resolve",

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,19 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str | None:
+    """Return a conversation as a chat template renders it, without special tokens; None if it raises an error."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[[dict(message) for message in messages]], chat_template=template, add_generation_prompt=True
+        )
+    except Exception:  # noqa: BLE001 - a template is untrusted code and may raise anything
+        return None
+    return str(texts[0])
 
 
 def marked_text(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit import hub
-from lorakit.errors import ModelError, UsageError, describe, require_packages
+from lorakit.errors import ModelError, describe, require_packages
+from lorakit.export.gguf_base import base_gguf
 from lorakit.verify.http_client import JsonClient
 from lorakit.verify.loaded import package_versions
-from lorakit.verify.runtime import Runtime, RuntimeRequest
+from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
 from lorakit.verify.servers import LlamaServer, listed_models
 
 
@@ -25,7 +26,7 @@ def open_gguf(request: RuntimeRequest) -> Iterator[Runtime]:
         ModelError: llama.cpp cannot load a file.
     """
     require_packages("Verifying in llama.cpp", "runtimes", ["xllamacpp"])
-    base = base_file(request)
+    base = base_gguf(request.spec.source, request.base_gguf)
     (adapter,) = request.export("gguf").glob("*.gguf")
     with running(base, adapter, request) as client:
         runtime = LlamaServer(client, listed_models(client), request, adapter.stem)
@@ -33,19 +34,25 @@ def open_gguf(request: RuntimeRequest) -> Iterator[Runtime]:
         yield runtime
 
 
-def base_file(request: RuntimeRequest) -> Path:
-    """Return the base as a GGUF file: the given one, or the one that the adapter was trained on.
+@contextlib.contextmanager
+def open_merged_gguf(request: RuntimeRequest) -> Iterator[Runtime]:
+    """Merge the adapter into the base's GGUF file, and open the merged model in llama.cpp.
 
     Raises:
-        UsageError: There is none.
-        ModelError: The file is damaged, or not a whole model.
+        MissingExtra: llama.cpp is not installed.
+        LorakitError: The adapter cannot be merged, or llama.cpp cannot load the file.
     """
-    if request.base_gguf is not None:
-        return Path(hub.resolve(request.base_gguf).path_or_id)
-    if request.spec.source.header is None:
-        text = "llama.cpp needs the base as a GGUF file (F32 for an exact comparison); pass --base-gguf."
-        raise UsageError(text, field="base_gguf")
-    return request.spec.source.header.path
+    require_packages("Verifying in llama.cpp", "runtimes", ["xllamacpp"])
+    base = hub.resolve(base_gguf(request.spec.source, request.base_gguf))
+    (merged,) = request.export("gguf --merged").glob("*.gguf")
+    with running(merged, None, request) as client:
+        runtime = LlamaServer(client, listed_models(client), request, BASE)
+        runtime.versions = {**package_versions("xllamacpp"), **runtime.versions}
+        runtime.title, runtime.others = f"{merged.stem}, merged, in llama.cpp", ()
+        stored = set(base.header.formats if base.header else ())
+        if request.base_gguf is not None and stored != {"F32"}:  # its weights were rounded before
+            runtime.dtype = f"{runtime.dtype} from {', '.join(sorted(stored))}"
+        yield runtime
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lorakit.choices import GgufType
 from lorakit.core import common_form
 from lorakit.export.formats import export
 from lorakit.export.request import ExportRequest, name_of
@@ -48,6 +49,7 @@ class RuntimeRequest:
         end_ids: Ids of the tokens that end an answer.
         added_ids: Ids of all added tokens, among them those that end texts.
         base_gguf: The base as a GGUF file, for llama.cpp.
+        outtype: How merged weights are stored in GGUF files.
         served_model: Name of the adapter on a server; None selects the one that is named like the adapter.
         key: API key of the server.
         timeout: Longest time for one answer of a server in seconds.
@@ -60,6 +62,7 @@ class RuntimeRequest:
     added_ids: frozenset[int]
     context: int
     base_gguf: Path | None = None
+    outtype: GgufType = "F32"
     served_model: str | None = None
     key: str | None = None
     timeout: float = 60.0
@@ -71,7 +74,14 @@ class RuntimeRequest:
 
     def export(self, name: str) -> Path:
         """Export the adapter in a format to the workspace, and return its directory."""
-        request = ExportRequest(common_form(self.folder), name_of(self.folder), self.spec.source, allow_untested=True)
+        request = ExportRequest(
+            common_form(self.folder),
+            name_of(self.folder),
+            self.spec.source,
+            allow_untested=True,
+            base_gguf=self.base_gguf,
+            outtype=self.outtype,
+        )
         return export(name, request, self.workspace / name)[1]
 
     @property

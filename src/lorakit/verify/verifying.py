@@ -11,12 +11,13 @@ from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lorakit.choices import GgufType
 from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.generate import context_tokens
 from lorakit.session import Session, SessionOptions, SessionSpec, session_spec
 from lorakit.session.prompts import end_ids, prompt_format
 from lorakit.session.spec import read_adapter
-from lorakit.verify.llama_cpp import open_gguf
+from lorakit.verify.llama_cpp import open_gguf, open_merged_gguf
 from lorakit.verify.loaded import ADAPTER, SessionRuntime, chosen, open_merged, open_reloaded, package_versions
 from lorakit.verify.mlx import open_mlx
 from lorakit.verify.prompts import MOST_TOKENS, Prompt, read_prompts
@@ -45,6 +46,7 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
     "reloaded": RuntimeEntry(lambda _, request: open_reloaded(request), 1e-4),
     "merged": RuntimeEntry(lambda _, request: open_merged(request), 1e-4),
     "gguf": RuntimeEntry(lambda _, request: open_gguf(request), 1e-3),
+    "gguf-merged": RuntimeEntry(lambda _, request: open_merged_gguf(request), 1e-3),
     "mlx": RuntimeEntry(lambda _, request: open_mlx(request), 1e-3),
     "http": RuntimeEntry(open_url, 1e-3),
     "https": RuntimeEntry(open_url, 1e-3),
@@ -71,6 +73,7 @@ class VerifyOptions:
     new_tokens: int = 16
     session: SessionOptions = SessionOptions(dtype="float32")  # noqa: RUF009 - frozen
     base_gguf: Path | None = None
+    outtype: GgufType = "F32"
     served_model: str | None = None
     key: str | None = None
     timeout: float = 60.0
@@ -175,6 +178,7 @@ def _answered(
             added_ids=frozenset(getattr(spec.tokenizer, "added_tokens_decoder", ())),
             context=max(len(prompt.ids) for prompt in prompts) + options.new_tokens + 1,
             base_gguf=options.base_gguf,
+            outtype=options.outtype,
             served_model=options.served_model,
             key=options.key,
             timeout=options.timeout,

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from tests import small_models
+from tests.small_gguf import write_gguf
 
 from lorakit import core, hub
 from lorakit.cli import main
@@ -113,9 +114,12 @@ def test_the_commands_for_other_runtimes_run(
     assert "--max-lora-rank 32 " in expected["vLLM"]
     assert f"{expected['vLLM']}  # vLLM" in card and f"{expected['SGLang']}  # SGLang" in card
     monkeypatch.chdir(tmp_path)
+    model, tokenizer = hub.load_model(base), hub.load_tokenizer(base)
+    write_gguf(tmp_path / "BASE.gguf", model, tokenizer, "F32")
     for block in blocks(card, "sh", base, tmp_path / "notes"):
         export = shlex.split(block.splitlines()[0].replace("OUTPUT", f"out-{len([*tmp_path.iterdir()])}"))
         assert export[0] == "lorakit"
+        assert ("ollama create NAME:HASH12" in block) == ("--merged" in export)
         assert main(export[1:]) == 0
 
 

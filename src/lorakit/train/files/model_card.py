@@ -27,7 +27,7 @@ MAX_SIDECAR_BYTES = 16 << 20
 HERE, BASE = "PATH_OF_THIS_FOLDER", "PATH_OF_THE_BASE"
 """Placeholders in commands."""
 
-RUNTIMES = ("vLLM", "SGLang", "llama.cpp", "Ollama", "mlx-lm")
+RUNTIMES = ("vLLM", "SGLang", "llama.cpp", "Ollama", "llama-quantize", "mlx-lm")
 """Runtimes that a card has commands for, of those that `FORMATS` knows."""
 
 SETTINGS: Mapping[str, str] = {
@@ -151,7 +151,7 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
         return f"{text}\n\n```sh\n{merge}\n```\n"
     blocks, seen = [], set[str]()
     for name, entry in FORMATS.items():
-        given = f"{'--model' if entry.needs_base else '--served-base'} {base}"
+        given = entry.flags.format(base=base)
         made = [] if export and entry.is_library else [f"lorakit export {name} {HERE} {given} --output-dir OUTPUT"]
         commands = entry.commands(export[1] if export else "NAME@HASH12", base, rank)
         shown = {title: command for title, command in commands.items() if title in RUNTIMES and title not in seen}
