@@ -100,8 +100,7 @@ def _continued(settings: TrainSettings, processes: Processes, progress: Progress
     progress.say(f"The processes were started again ({times} so far), because one of them ended; {how}.")
     if not has_begun or settings.resume:
         return settings
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    return TrainSettings(**{**given, "resume": True, "overwrite": False})
+    return TrainSettings(**{**settings.explicit, "resume": True, "overwrite": False})
 
 
 def _is_of_job(folder: Path, job: str) -> bool:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from lorakit.errors import ConfigError, RunError
-from lorakit.train.files.run_folder import write_record
+from lorakit.train.files.run_folder import read_record, write_record
 from lorakit.train.settings.conversion.converting import convert_file
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.settings.sources import complete, gather, read_mapping, read_settings_file, settings_text
+from lorakit.train.settings.sources import gather, read_mapping, read_settings_file, resumed, settings_text
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -194,15 +194,21 @@ def test_resume_where_no_run_has_begun_needs_the_settings(tmp_path: Path) -> Non
 
 def test_settings_of_a_resumed_run_are_merged_once(run_folder: Path) -> None:
     merged = gather({"output_dir": str(run_folder), "resume": True, "max_steps": 20})
-    assert complete(merged) == merged
+    assert resumed(merged.explicit, read_record(run_folder) or {}) == merged
 
 
 def test_settings_from_a_program_are_completed(run_folder: Path) -> None:
     given = TrainSettings(model="m", data=["a.txt"], output_dir=str(run_folder), resume=True, max_steps=20)
-    settings = complete(given)
+    settings = resumed(given.explicit, read_record(run_folder) or {})
     assert (given.r, settings.r, settings.max_steps, settings.overwrite) == (16, 4, 20, False)
-    new = given.model_copy(update={"resume": False})
-    assert complete(new) is new
+
+
+def test_a_resumed_run_keeps_the_base_that_its_adapter_named(run_folder: Path) -> None:
+    record = read_record(run_folder) or {}
+    record["settings"] |= {"from_adapter": "old"}
+    given = TrainSettings(from_adapter="old", data=["a.txt"], output_dir=str(run_folder), resume=True)
+    assert given.model is None and "model" not in given.explicit
+    assert resumed(given.explicit, record).model == "m"
 
 
 def test_settings_written_as_yaml_are_read_as_the_same(tmp_path: Path) -> None:

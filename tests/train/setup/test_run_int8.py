@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorakit import core, hub
+from lorakit.config import LoraConfig
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import sha256_file
 from lorakit.errors import LorakitError, RunError, UsageError
@@ -125,12 +126,11 @@ def test_a_processor_without_int8_units_uses_the_dtype(
     assert result.base_matmul == "dtype" == record["resolved"]["base_matmul"]
     assert record["int8"] is None and not (tmp_path / "run" / "int8.safetensors").exists()
     said: list[str] = []
-    assert run_int8.chosen_matmul(TrainSettings(**int8_run), torch.device("cpu"), None, said.append) == "dtype"
+    settings, config, device = TrainSettings(**int8_run), LoraConfig(), torch.device("cpu")
+    assert run_int8.chosen_matmul(settings, device, None, config, said.append) == "dtype"
     assert "no int8 units" in said[0]
     with pytest.raises(RunError, match="multiplied in int8"):
-        run_int8.chosen_matmul(
-            TrainSettings(**int8_run), torch.device("cpu"), {"resolved": {"base_matmul": "int8"}}, said.append
-        )
+        run_int8.chosen_matmul(settings, device, {"resolved": {"base_matmul": "int8"}}, config, said.append)
 
 
 def test_an_accelerator_uses_the_dtype() -> None:

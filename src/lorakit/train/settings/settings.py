@@ -88,6 +88,11 @@ class TrainSettings(_Checked):
             raise ConfigError(_missing("model"), field="model")
         return with_revision(self.model, self.revision)
 
+    @property
+    def explicit(self) -> dict[str, Any]:
+        """The settings that were given, by name; without `model` if the adapter is to name it."""
+        return {name: getattr(self, name) for name in self.model_fields_set if (name, self.model) != ("model", None)}
+
     def row_request(self) -> Request:
         """Return the choices about how the rows of the data are read."""
         from lorakit.data import Request

@@ -154,7 +154,8 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
     values = read_settings_file(file) if file is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
     if values.get("resume") is True and isinstance(values.get("output_dir"), (str, Path)):
-        return resumed(values)
+        record = read_record(Path(values["output_dir"]))
+        return TrainSettings(**values) if record is None else resumed(values, record)
     missing = values.get("data") is None or (values.get("model") is None and values.get("from_adapter") is None)
     if missing and not values.get("overwrite") and isinstance(values.get("output_dir"), (str, Path)):
         folder = Path(values["output_dir"])
@@ -173,33 +174,14 @@ def _without_aliases(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return named
 
 
-def complete(settings: TrainSettings) -> TrainSettings:
-    """Fill in missing settings from the run to resume, if any; a second call has no effect.
-
-    Raises:
-        LorakitError: The run cannot be resumed with these settings; see `resumed`.
-    """
-    if not settings.resume:
-        return settings
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    if settings.model is None:  # the record has the base that the adapter named
-        given.pop("model")
-    return resumed(given)
-
-
-def resumed(values: Mapping[str, Any]) -> TrainSettings:
-    """Return the settings of the run in `output_dir`, overridden by the given values if a change is allowed.
-
-    If the directory contains no run yet, the result is the given settings plus the defaults.
+def resumed(values: Mapping[str, Any], record: Mapping[str, Any]) -> TrainSettings:
+    """Return the settings in the record of the run in `output_dir`, with the given values where a change is allowed.
 
     Raises:
         ConfigError: A given value is not allowed.
-        RunError: The run's record cannot be read, or a setting that must not change has a different value in the run;
-            the message names each such setting with both values.
+        RunError: A setting that must not change has a different value in the run; the message names each such setting
+            with both values.
     """
-    record = read_record(Path(values["output_dir"]))
-    if record is None:
-        return TrainSettings(**values)
     check_names(dict(values))
     saved = {**record["settings"], "output_dir": str(values["output_dir"]), "overwrite": False}
     settings = TrainSettings(**{**saved, **values})

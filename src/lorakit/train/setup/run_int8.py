@@ -62,40 +62,34 @@ _MAX_BYTES = 1 << 30
 
 
 def chosen_matmul(
-    settings: TrainSettings, device: torch.device, record: Mapping[str, Any] | None, say: Callable[[str], None]
+    settings: TrainSettings,
+    device: torch.device,
+    record: Mapping[str, Any] | None,
+    config: LoraConfig,
+    say: Callable[[str], None],
 ) -> str:
-    """Return how the base of a run is multiplied: "int8", or "dtype" because of the settings or the machine.
+    """Return how the base of a run with int8 matmuls is multiplied: "int8", or "dtype" because of the machine.
 
     `record` has the contents of `run.json` if the run is resumed; `say` receives a message if the machine does not
     support int8 matmuls.
 
     Raises:
         RunError: The run began with int8 matmuls, and this machine does not support them.
+        UsageError: The init or the variant of the adapter changes the weights of the base, which are quantized.
     """
-    if settings.base_matmul != "int8":
-        return "dtype"
     before = None if record is None else (record.get("resolved") or {}).get("base_matmul", "dtype")
     if before == "dtype":
         return "dtype"
     why = unsupported(device)
-    if not why:
-        return "int8"
-    if before == "int8":
+    if why and before == "int8":
         text = (
             f"cannot resume {settings.output_dir}: its base is multiplied in int8, but {why}; resume it on the machine "
             "that started it, or start a new run."
         )
         raise RunError(text, what="int8", where=settings.output_dir, field="base_matmul")
-    say(f"Base matmuls: in the dtype of the base, not in int8, because {why}.")
-    return "dtype"
-
-
-def check_adapter(config: LoraConfig) -> None:
-    """Check that an adapter leaves the weights of the base unchanged, because they are quantized.
-
-    Raises:
-        UsageError: Its init or its variant changes them.
-    """
+    if why:
+        say(f"Base matmuls: in the dtype of the base, not in int8, because {why}.")
+        return "dtype"
     init, variant = core.init_named(config.init_lora_weights), core.moving_variant(config)
     if init.changes_base or variant is not None:
         name, what = (f"init_lora_weights={init.name!r}", init.name) if variant is None else (variant.title,) * 2
@@ -104,6 +98,7 @@ def check_adapter(config: LoraConfig) -> None:
             "quantized; omit one of them."
         )
         raise UsageError(text, what=what, field="base_matmul")
+    return "int8"
 
 
 def calibration_rows(rows: Sequence[Batch]) -> list[Batch]:

@@ -32,11 +32,11 @@ from lorakit.train.processes.processes import ALONE, Processes
 from lorakit.train.progress import Progress
 from lorakit.train.settings.defaults import DEFAULTS
 from lorakit.train.settings.settings import TrainSettings
-from lorakit.train.settings.sources import complete
+from lorakit.train.settings.sources import resumed
 from lorakit.train.setup.agreement import check_sharding, pick_device
 from lorakit.train.setup.run_adapter import check_targets, completed, start_adapter
 from lorakit.train.setup.run_data import read_data
-from lorakit.train.setup.run_int8 import check_adapter, chosen_matmul
+from lorakit.train.setup.run_int8 import chosen_matmul
 from lorakit.train.spec import Forecast, NewTokens, RunSpec, StartAdapter
 
 MINIMUM_ROWS = 2
@@ -57,11 +57,13 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
         UsageError: The settings are incompatible with the data, this machine or the run directory.
         LorakitError: The data, the model or the run directory cannot be used; the error class and message say why.
     """
-    given = complete(given)
-    device, folder = _machine(given, processes), Path(given.output_dir)
+    folder = Path(given.output_dir)
+    record = run_folder.read_record(folder) if given.resume else None
+    if record is not None:
+        given = resumed(given.explicit, record)
+    device = _machine(given, processes)
     if processes.is_first:
         run_folder.check_output_dir(folder, resume=given.resume, overwrite=given.overwrite)
-    record = run_folder.read_record(folder) if given.resume else None
     resolved = (record or {}).get("resolved") or {}
     start = None if given.from_adapter is None else start_adapter(given, given.from_adapter, record)
     settings = given if start is None or record is not None else completed(start, given)
@@ -77,9 +79,9 @@ def build_spec(given: TrainSettings, progress: Progress, processes: Processes = 
     forecast = _forecast(settings, source, tokenizer, task, records, start, resolved.get("max_length"))
     if start is not None and record is None:
         check_targets(start, given, forecast.shape)
-    matmul = chosen_matmul(settings, device, record, progress.say)
+    matmul: str = settings.base_matmul
     if matmul == "int8":
-        check_adapter(forecast.config)
+        matmul = chosen_matmul(settings, device, record, forecast.config, progress.say)
     spec = RunSpec(
         settings=settings,
         folder=folder,
