@@ -205,7 +205,7 @@ def other_model(request: ExportRequest, folder: Path) -> Path:
 def one_weight_changed(request: ExportRequest, folder: Path) -> Path:
     model = hub.load_model(folder / "base")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.005)
     return write_base(model, folder / "other.gguf")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SAMPLES = 64
 """Number of values of each weight that are compared, if the adapter does not record any."""
 
-LARGEST_ERROR = {"F32": 0.01, "F16": 0.01, "BF16": 0.01, "Q8_0": 0.03}
+LARGEST_ERROR = {**dict.fromkeys(("F32", "F16", "BF16"), 2**-8), "Q8_0": 0.01}
 """Storage format -> largest root mean square by which its values may differ from the base's, relative to theirs."""
 
 LARGEST_QUANTIZATION_ERROR = 0.5
