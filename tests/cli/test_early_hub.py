@@ -96,6 +96,22 @@ def test_an_adapter_that_is_not_on_the_hub_is_an_error_before_anything_is_loaded
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["export vllm {} --served-base b --output-dir new", "check {} --for vllm", "verify {} --against reloaded"],
+)
+@pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_repository_without_an_adapter(
+    command: str, lost: str, hub: StoredHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one" / lost).unlink()
+    before = sorted(path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "cache"))
+    assert cli.main(command.format("owner/one").split()) == 1
+    shown = capsys.readouterr()
+    assert lost in shown.err and shown.err.count("error:") == 1 and not shown.out
+    assert sorted(path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "cache")) == before
+
+
 def test_adapters_on_the_hub_are_not_given_twice(hub: StoredHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["combine", "--output-dir", "new", "--adapter", "owner/one", "owner/one"]) == 2
     assert "--adapter lists owner/one twice" in capsys.readouterr().err

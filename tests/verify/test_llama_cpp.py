@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,18 @@ import torch
 from tests.small_gguf import own_gguf_cache, write_gguf  # noqa: F401 - a fixture
 from tests.verify.test_loaded import compared
 
-from lorakit import hub
+from lorakit import hub, open_session
 from lorakit.errors import ModelError, UsageError
 from lorakit.export import formats, gguf
 from lorakit.verify.llama_cpp import running
+from lorakit.verify.prompts import PROMPTS
 
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (lorakit[runtimes])")
 
 FIELDS: dict[str, Any] = {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 3}}
 Factors = tuple[torch.Tensor, torch.Tensor]
+PART = "\ufffd"
+"""Part of a character; llama.cpp's server leaves out some of those that lorakit shows."""
 
 
 @pytest.fixture
@@ -88,7 +92,9 @@ def test_a_chat_template_of_lorakit(folder: Path, base: Path, tiny_tokenizer: An
     assert one.problems == [] and one.other_tokens == ()
 
 
-def test_a_server(folder: Path, base: Path) -> None:
+@contextlib.contextmanager
+def served(folder: Path, base: Path) -> Iterator[tuple[str, str]]:
+    """Export an adapter, serve it with llama.cpp, and yield the URL and the adapter's name there."""
     from lorakit.core import common_form
     from lorakit.export.request import ExportRequest
 
@@ -96,9 +102,40 @@ def test_a_server(folder: Path, base: Path) -> None:
     exported, output = formats.export("gguf", request, base.parent / "exported")
     needs: Any = SimpleNamespace(context=256, timeout=60.0)
     with running(base.with_suffix(".gguf"), output / f"{exported.name}.gguf", needs) as client:
-        (one,) = compared(folder, base, client.url).values()
+        yield client.url, exported.name
+
+
+def test_a_server(folder: Path, base: Path) -> None:
+    with served(folder, base) as (url, name):
+        (one,) = compared(folder, base, url).values()
     assert one.problems == [] and one.greedy_same == 4
-    assert exported.name in one.title and set(one.distances) == {"lorakit's base", "base"}
+    assert name in one.title and set(one.distances) == {"lorakit's base", "base"}
+
+
+def test_a_client_of_openai_gets_the_answers_that_verify_compares(folder: Path, base: Path) -> None:
+    openai = pytest.importorskip("openai", reason="openai is not installed (lorakit[runtimes])")
+    with served(folder, base) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        (one,) = compared(folder, base, url, prompts=6, new_tokens=8).values()
+        assert one.problems == [] and one.greedy_same == 6
+        asked = {scale: [chat(client, prompt, scale) for prompt in PROMPTS[:6]] for scale in (0.0, 1.0)}
+    with open_session(str(base), {"notes": folder}, dtype="float32", device="cpu") as session:
+        for name, scale in ((None, 0.0), ("notes", 1.0)):
+            answers = session.generate_batch(PROMPTS[:6], [name] * 6, chat=True, max_new_tokens=8)
+            assert asked[scale] == [answer.text.replace(PART, "") for answer in answers]
+    assert asked[0.0] != asked[1.0]
+
+
+def chat(client: Any, prompt: str, scale: float) -> str:
+    """Return the greedy text with which a server answers a client, with a scale of its first adapter."""
+    more = {"lora": [{"id": 0, "scale": scale}], "cache_prompt": False}
+    reply = client.chat.completions.create(
+        model="any",
+        messages=[{"role": "user", "content": prompt}],
+        temperature=0,
+        max_tokens=8,
+        extra_body=more,
+    )
+    return str(reply.choices[0].message.content).replace(PART, "")
 
 
 def unpermuted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.verify.peft_server import Change, Models, late, serving
 
+from lorakit.cli import main
 from lorakit.errors import LorakitError, ModelError, NonFiniteError, UsageError
 from lorakit.verify import Comparison, VerifyOptions, verify
 
@@ -158,6 +160,35 @@ def test_faults_of_servers(
         compared(url, adapters, tiny_model_directory, timeout=1.0 if fault == "late" else 20.0)
     assert caught.value.where == url
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("fault", ["another model", "late", "no log-probabilities", "NaN"])
+def test_a_command_writes_one_message_and_no_file(
+    adapters: dict[str, Path], tiny_model_directory: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in adapters["notes"].iterdir()}
+
+    before, (change, error) = files(), FAULTS[fault]
+    words = ["--model", str(tiny_model_directory), "--prompts", "2", "--max-new-tokens", "2", "--device", "cpu"]
+    with serving(Models(tiny_model_directory, {"notes": adapters["notes"]}), change) as url:
+        timeout = "1" if fault == "late" else "20"
+        given = ["verify", str(adapters["notes"]), "--against", f"reloaded,{url}", "--timeout", timeout]
+        assert main([*given, *words]) == error.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("error:") == 1 and url in shown.err
+    assert files() == before
+
+
+def test_two_adapters_with_one_name_in_llama_cpp(adapters: dict[str, Path], tiny_model_directory: Path) -> None:
+    replies = {
+        "/v1/models": {"data": [{"id": "base", "owned_by": "llamacpp"}]},
+        "/lora-adapters": [{"id": 0, "path": "a/notes.gguf"}, {"id": 1, "path": "b/notes.gguf"}],
+    }
+    models: Any = SimpleNamespace(reply=lambda path, body: replies.get(path, {}))
+    with serving(models) as url, pytest.raises(ModelError) as caught:
+        compared(url, adapters, tiny_model_directory, served_model="notes")
+    assert (caught.value.where, caught.value.what) == (url, "notes")
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ class JsonClient:
         """
         return self._ask(path, json.dumps(body).encode(), is_optional)
 
-    def fail(self, problem: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise a ModelError about this server."""
-        raise ModelError(f"{self.url}: {problem}", where=self.url, field="against") from cause
+    def fail(self, problem: str, cause: BaseException | None = None, what: str | None = None) -> NoReturn:
+        """Raise a ModelError about this server, and what it lacks, if that has a name."""
+        raise ModelError(f"{self.url}: {problem}", what=what, where=self.url, field="against") from cause
 
     def _ask(self, path: str, body: bytes | None, is_optional: bool) -> JsonObject:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

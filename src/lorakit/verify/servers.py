@@ -67,7 +67,7 @@ class _Server:
         if len(found) != 1:
             problem = "has no" if not found else "has several"
             listed = ", ".join(names[:20]) or "none"
-            self._client.fail(f"{problem} model {wanted!r} (available: {listed}); pass --served-model.")
+            self._client.fail(f"{problem} model {wanted!r} (available: {listed}); pass --served-model.", what=wanted)
         return found[0]
 
     def _checked(self, reply: JsonObject, model: str) -> JsonObject:
@@ -162,16 +162,16 @@ class LlamaServer(_Server):
         stored = str(as_object(models[0].get("meta")).get("ftype", "unknown")).removeprefix("(guessed) ")
         self.dtype = "float32" if stored in ("F32", "all F32") else stored
         loaded = client.get("/lora-adapters").get("data")
-        adapters = {
-            str(one["path"]).replace("\\", "/").rpartition("/")[2].removesuffix(".gguf"): one["id"]
+        adapters = [
+            (str(one["path"]).replace("\\", "/").rpartition("/")[2].removesuffix(".gguf"), one["id"])
             for one in map(as_object, loaded if isinstance(loaded, list) else [])
-        }
-        self._model = adapter or self._find([*adapters], request)
+        ]
+        names = [name for name, _ in adapters]
+        self._model = adapter or self._find(names, request)
         self._lists = {
-            name: [{"id": id, "scale": float(name == own)} for own, id in adapters.items()]
-            for name in [*adapters, BASE]
+            name: [{"id": id, "scale": float(name == own)} for own, id in adapters] for name in [*names, BASE]
         }
-        self.others: Sequence[str] = [BASE, *(name for name in adapters if name != self._model)][:MOST_NEIGHBORS]
+        self.others: Sequence[str] = [BASE, *(name for name in names if name != self._model)][:MOST_NEIGHBORS]
         build = client.get("/props", is_optional=True).get("build_info")
         self.versions: Mapping[str, str] = {"llama.cpp": str(build or "unknown")}
         self.title = f"{self._model} in llama.cpp"
