@@ -10,13 +10,11 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.early import adapter_folders, check_repository
-from lorakit.hub_cache import ADAPTER_FILES, CARD
+from lorakit.hub_cache import ADAPTER_FILES, CARD, MAX_CARD_BYTES
 from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
     from lorakit.core import AdapterSummary
-
-MAX_CARD_BYTES = 1 << 20
 
 
 def run(

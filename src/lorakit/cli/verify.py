@@ -16,7 +16,8 @@ from lorakit.cli import console
 from lorakit.cli.adapters import NAME
 from lorakit.cli.early import adapter_folders, check_at_least, check_choice, check_data, check_device, check_model
 from lorakit.cli.flag_groups import RevisionFlag
-from lorakit.errors import UsageError
+from lorakit.errors import DiskError, UsageError
+from lorakit.hub_cache import adapter_directory, is_on_hub
 from lorakit.terminal import working
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def run(
     Compared are the token ids of the prompts, the log-probabilities of their tokens and of lorakit's answers, and the
     greedy tokens. In float32, differences above a bound fail: 1e-4 after saving or merging, 1e-3 in llama.cpp, mlx-lm
     and servers. In any dtype, the runtime must be closer to lorakit's adapter than its base and its other models are.
-    The exit code is 1 if a runtime gives other answers; nothing is written. --verbose adds each step.
+    The exit code is 1 if a runtime gives other answers. The results are written to `lorakit.json` and the README of a
+    local adapter, in place of older ones for the same runtimes. --verbose adds each step.
 
     Raises:
         ConfigError: A runtime is unknown.
@@ -107,7 +109,22 @@ def run(
         console.emit_json({**report.as_dict(), "adapter": given})
     else:
         console.say(_text(given, report))
+    if not is_on_hub(given):
+        _record(Path(folder), report)
     return 0 if report.is_good else 1
+
+
+def _record(folder: Path, report: VerifyReport) -> None:
+    """Write a report to the adapter's files; where they cannot be changed, say so."""
+    from lorakit.train.files.model_card import record_verification
+
+    try:
+        reason = record_verification(adapter_directory(folder), report.as_dict())
+    except DiskError as cause:
+        console.warning(f"the results are not kept: {cause}")
+    else:
+        if reason:
+            console.note(f"{folder}: the results are not kept, because {reason}.")
 
 
 def _check(flags: Flags, targets: Sequence[str]) -> None:

@@ -14,14 +14,27 @@ from typing import Any
 
 from lorakit import core, hub
 from lorakit.config import SIDECAR_FILE, LoraConfig, read_config
-from lorakit.durable import JsonObject, as_object, json_bytes, read_json, sha256_bytes
+from lorakit.durable import (
+    JsonObject,
+    as_object,
+    json_bytes,
+    read_bytes,
+    read_json,
+    sealed,
+    sha256_bytes,
+    write_bytes,
+    write_text,
+)
 from lorakit.errors import RunError
 from lorakit.export.formats import FORMATS
+from lorakit.hub_cache import CARD, MAX_CARD_BYTES
 from lorakit.tasks import CAUSAL_LM, task_of_adapter
 from lorakit.tasks.metrics import BASELINES
+from lorakit.train.files.checkpoint import MANIFEST
 from lorakit.train.files.run_folder import read_record
 
 FENCE = "---"
+_USE = "\n## Use\n"
 MAX_SIDECAR_BYTES = 16 << 20
 
 HERE, BASE = "PATH_OF_THIS_FOLDER", "PATH_OF_THE_BASE"
@@ -84,9 +97,7 @@ def model_card(
 | | |
 |---|---|
 {table}
-{_verified(as_object(facts.get("verified")))}
-## Use
-
+{_verified(_valid(facts, trained))}{_USE}
 {_python(config, facts)}
 {_elsewhere(shared, facts, export)}
 Limitations: evaluated only on the data above. The base's license and limitations also apply.
@@ -160,6 +171,43 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
             lines = [*made, *(f"{command}  # {title}" for title, command in shown.items())]
             blocks.append("```sh\n" + "\n".join(lines) + "\n```\n")
     return "In other runtimes:\n\n" + "\n".join(blocks)
+
+
+def record_verification(folder: Path, report: JsonObject) -> str | None:
+    """Write a report of `lorakit verify` to `lorakit.json` and to the README, and return None, or why it is not kept.
+
+    Results for other runtimes stay if they are of the same weights; a runtime's older result is replaced.
+
+    Raises:
+        DiskError: A file cannot be written.
+    """
+    facts = _facts(folder)
+    if not facts or (folder / MANIFEST).is_file():
+        return f"it has no {SIDECAR_FILE}" if not facts else "a checkpoint is never changed"
+    new = {str(each["runtime"]): each for each in report["comparisons"]}
+    before = as_object(facts.get("verified"))
+    is_same = before.get("weights_sha256") == report["weights_sha256"]
+    kept = [each for each in before.get("comparisons") or [] if is_same and as_object(each).get("runtime") not in new]
+    after = {**report, "adapter": folder.name, "comparisons": [*kept, *new.values()]}
+    write_bytes(folder / SIDECAR_FILE, json_bytes(sealed({**facts, "verified": after})))
+    if (folder / CARD).is_file():
+        text = read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8")
+        old, table = _verified(before), _verified(after)
+        if old and old in text:
+            text = text.replace(old, table, 1)
+        elif _USE in text:
+            text = text.replace(_USE, f"{table}{_USE}", 1)
+        else:
+            text += table
+        write_text(folder / CARD, text)
+    return None
+
+
+def _valid(facts: JsonObject, trained: JsonObject) -> JsonObject:
+    """Return the report of `lorakit verify` in an adapter's or an export's facts; {} if it is of other weights."""
+    report = as_object(facts.get("verified"))
+    known = [as_object(each.get("weights")).get("sha256") for each in (trained, facts)]
+    return report if known[0] is None or report.get("weights_sha256") in known else {}
 
 
 def _verified(report: JsonObject) -> str:
