@@ -22,8 +22,9 @@ ADAPTER_FILES = (CONFIG_FILE, "adapter_model.safetensors", "lorakit.json", "lora
 """Names of the files to download; none of their formats can contain code."""
 
 CARD = "README.md"
-MAX_CARD_BYTES = 1 << 20
 """Name of an adapter's model card."""
+
+MAX_CARD_BYTES = 1 << 20
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 """Glob patterns for the names of tokenizer files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import get_args
 
 import pytest
 import torch
+from tests.verify.peft_server import Models, serving
 
-from lorakit import core
+from lorakit import cli, core, durable
 from lorakit.choices import VerifyName
 from lorakit.durable import sealed, write_json
 from lorakit.train.files.model_card import model_card
@@ -32,48 +34,98 @@ def test_text_and_json(
     assert all(one["difference"] < one["bound"] == 1e-4 for one in found["comparisons"])
 
 
-def test_results_are_kept_in_the_card_by_runtime_and_weights(
-    call: Callable[..., int], save_adapter: Callable[..., Path], tiny_model_directory: Path
-) -> None:
-    def verify(folder: Path, *runtimes: str) -> str:
-        words = ["--model", tiny_model_directory, "--prompts", 1, "--max-new-tokens", 2]
-        assert call("verify", folder, *words, "--against", *runtimes) == 0
-        core.read_adapter(folder)  # its seal is right
-        return card.read_text(encoding="utf-8")
-
-    folder = save_adapter("notes")
-    card = folder / "README.md"
-    card.write_text("# Mine\n\n## Use\n\nby hand\n", encoding="utf-8")
-    text = verify(folder, "reloaded", "merged")
-    assert text.startswith("# Mine\n") and text.endswith("\n\n## Use\n\nby hand\n")
-    assert text.count("the adapter's answers") == 2 and f"torch {torch.__version__}" in text
-    assert verify(folder, "reloaded").count("the adapter's answers") == 2
-    assert "the adapter's answers" in model_card(folder, 1)
-
-    save_adapter("other", seed=9)  # the directory gets other weights, with the results of the former
-    for name in ("adapter_model.safetensors", "lorakit.json"):
-        facts = json.loads((folder / "lorakit.json").read_text()) if name == "lorakit.json" else {}
-        (folder / name).write_bytes((folder.with_name("other") / name).read_bytes())
-    facts = {**json.loads((folder / "lorakit.json").read_text()), "verified": facts["verified"]}
-    write_json(folder / "lorakit.json", sealed(facts))
-    assert "the adapter's answers" not in model_card(folder, 1)
-    assert verify(folder, "reloaded").count("the adapter's answers") == 1
+GOOD = "the adapter's answers"
+WORDS = ("--prompts", 1, "--max-new-tokens", 2)
 
 
-def test_results_that_cannot_be_kept_are_still_printed(
+def test_results_are_recorded_by_runtime_and_weights(
     call: Callable[..., int],
     save_adapter: Callable[..., Path],
     tiny_model_directory: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["--model", tiny_model_directory, "--prompts", 1, "--max-new-tokens", 2, "--against", "reloaded"]
+    def verify(*runtimes: str) -> str:
+        assert call("verify", folder, "--model", tiny_model_directory, *WORDS, "--against", *runtimes) == 0
+        core.read_adapter(folder)  # its seal is right
+        return card.read_text(encoding="utf-8", errors="surrogateescape")
+
     folder = save_adapter("notes")
-    (folder / "manifest.json").write_text("{}")  # of a checkpoint, which lists its files
+    card = folder / "README.md"
+    given = b"# Mine\n\xff\n\n## Use\n\nby hand\n"
+    card.write_bytes(given)
+    text = verify("reloaded", "merged")
+    assert text.startswith("# Mine\n\udcff\n") and text.endswith("\n\n## Use\n\nby hand\n")
+    assert text.count(GOOD) == 2 and f"torch {torch.__version__}" in text
+    assert verify("merged") == text and model_card(folder, 1).count(GOOD) == 2
+    verified = json.loads((folder / "lorakit.json").read_text())["verified"]
+    assert [one["runtime"] for one in verified["comparisons"]] == ["reloaded", "merged"]
+    assert all(set(one["lorakit"]) == {"lorakit", "torch", "transformers"} for one in verified["comparisons"])
+
+    for name in ("adapter_model.safetensors", "lorakit.json"):  # other weights, with the results of the former ones
+        (folder / name).write_bytes((save_adapter("other", seed=9) / name).read_bytes())
+    facts = {**json.loads((folder / "lorakit.json").read_text()), "verified": verified}
+    write_json(folder / "lorakit.json", sealed(facts))
+    assert GOOD not in model_card(folder, 1)
+    capsys.readouterr()
+    assert cli.main(["push", str(folder), "owner/notes", "--dry-run"]) == 0
+    assert GOOD not in capsys.readouterr().out and GOOD in card.read_text(errors="replace")
+    assert verify("reloaded").count(GOOD) == 1
+    card.unlink()
+    text = verify("merged")
+    assert text.count(GOOD) == 2 and "# LoRA adapter for" in text and str(tiny_model_directory) not in text
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
+def test_a_worse_result_replaces_a_better_one(
+    call: Callable[..., int], save_adapter: Callable[..., Path], tiny_model_directory: Path
+) -> None:
+    def answers(url: str) -> int:
+        words = ["--model", tiny_model_directory, *WORDS, "--against", url, "--served-model", "notes"]
+        return call("verify", folder, *words)
+
+    folder, other = save_adapter("notes"), save_adapter("other", seed=2)
+    with serving(Models(tiny_model_directory, {"notes": folder, "secret": other})) as url:
+        assert answers(url) == 0
+    text = (folder / "README.md").read_text()
+    assert text.count(GOOD) == 1 and "peft 1.2.3" in text
+    with serving(Models(tiny_model_directory, {"notes": other, "secret": folder})) as url:
+        assert answers(url) == 1
+    text = (folder / "README.md").read_text() + (folder / "lorakit.json").read_text()
+    assert GOOD not in text and "log-probabilities differ by" in text
+    assert "secret" not in text and "http://" not in text
+
+
+@pytest.mark.filterwarnings("ignore:.*was edited")
+@pytest.mark.parametrize("why", ["checkpoint", "no lorakit.json", "edited", "disk"])
+def test_results_that_cannot_be_recorded_are_still_printed(
+    call: Callable[..., int],
+    save_adapter: Callable[..., Path],
+    tiny_model_directory: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+) -> None:
+    folder, write = save_adapter("notes"), durable.write_new
+
+    def full(path: Path, data: bytes, replaced: Path) -> None:
+        if path.parent == folder:
+            raise PermissionError(errno.EROFS, "Read-only file system")
+        write(path, data, replaced)
+
+    if why == "checkpoint":
+        (folder / "manifest.json").write_text("{}")  # lists its files
+    elif why == "no lorakit.json":
+        (folder / "lorakit.json").unlink()
+    elif why == "edited":
+        config = folder / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 9}))
+    else:
+        monkeypatch.setattr(durable, "write_new", full)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert call("verify", folder, *words) == 0
+    assert call("verify", folder, "--model", tiny_model_directory, *WORDS, "--against", "reloaded") == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     shown = capsys.readouterr()
-    assert " ok" in shown.out and "not kept" in shown.err
+    assert " ok" in shown.out and "not recorded" in shown.err
 
 
 def test_an_adapter_without_effect_fails(

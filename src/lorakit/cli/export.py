@@ -134,4 +134,4 @@ def _verified(given: str, folder: str, runtime: str, flags: Flags) -> JsonObject
         text = f"{given}: {compared.title} gives other answers: {' '.join(compared.problems)} Nothing was written."
         raise AdapterError(text, what=runtime, where=folder)
     console.note(f"{compared.title}: log-probabilities differ by at most {compared.difference:.1e}")
-    return report.as_dict()
+    return report.as_record()

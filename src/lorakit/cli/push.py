@@ -75,7 +75,7 @@ def adapter_files(folder: Path) -> list[Path]:
 def _card(summary: AdapterSummary) -> str:
     """Return the adapter's README with the metadata that the Hub reads; it is written if there is none."""
     from lorakit.durable import read_bytes
-    from lorakit.train.files.model_card import card_of, published_base, updated_card
+    from lorakit.train.files.model_card import card_of, published_base, updated_card, with_results
 
     folder = Path(summary.folder)
     if published_base(summary.config) is None:
@@ -83,7 +83,8 @@ def _card(summary: AdapterSummary) -> str:
             f"{folder}: the config does not name a base on the Hub, so the model card does not link to one."
         )
     if (folder / CARD).is_file():
-        return updated_card(read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8", "replace"), summary.config)
+        text = read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8", "replace")
+        return updated_card(with_results(text, folder), summary.config)
     return card_of(folder, summary.parameters)
 
 

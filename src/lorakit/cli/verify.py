@@ -115,16 +115,16 @@ def run(
 
 
 def _record(folder: Path, report: VerifyReport) -> None:
-    """Write a report to the adapter's files; where they cannot be changed, say so."""
+    """Write a report to the adapter's files; if they cannot be changed, say so."""
     from lorakit.train.files.model_card import record_verification
 
     try:
-        reason = record_verification(adapter_directory(folder), report.as_dict())
+        reason = record_verification(adapter_directory(folder), report.as_record())
     except DiskError as cause:
-        console.warning(f"the results are not kept: {cause}")
+        console.warning(f"the results are not recorded: {cause}")
     else:
         if reason:
-            console.note(f"{folder}: the results are not kept, because {reason}.")
+            console.note(f"{folder}: the results are not recorded, because {reason}.")
 
 
 def _check(flags: Flags, targets: Sequence[str]) -> None:

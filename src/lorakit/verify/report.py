@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lorakit.durable import JsonObject
 
@@ -13,6 +14,9 @@ JUDGED_DTYPE = "float32"
 
 CANARY_FACTOR = 2.0
 """Factor by which another model's log-probabilities must be farther than the adapter's, besides the bound."""
+
+OWN_BASE = "lorakit's base"
+"""Name of our own base among the models to which an adapter is compared."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,17 @@ class VerifyReport:
     versions: Mapping[str, str]
     comparisons: Sequence[Comparison]
 
+    def as_record(self) -> JsonObject:
+        """Return what is recorded with the adapter and published: no path, no URL, no name of a server's other model.
+
+        Each comparison has lorakit's version and the names of the data, because results of several runs are recorded
+        together.
+        """
+        data = ", ".join(re.split(r"[\\/]", name)[-1] for name in self.prompts.split(", "))
+        more = {"data": data, "lorakit": dict(self.versions)}
+        rows = [{**_published(one).as_dict(), **more} for one in self.comparisons]
+        return {"weights_sha256": self.weights_sha256, "comparisons": rows}
+
     @property
     def is_good(self) -> bool:
         """Return whether no comparison has a problem."""
@@ -140,6 +155,18 @@ class VerifyReport:
             "good": self.is_good,
             "comparisons": [one.as_dict() for one in self.comparisons],
         }
+
+
+def _published(one: Comparison) -> Comparison:
+    """Return a comparison without the URL of its server and the names of the server's other models."""
+    if "://" not in one.runtime:
+        return one
+    others = [value for name, value in one.distances.items() if name != OWN_BASE]
+    nearest = (
+        {"another model": min(others, key=lambda value: -math.inf if math.isnan(value) else value)} if others else {}
+    )
+    own = {OWN_BASE: one.distances[OWN_BASE]} if OWN_BASE in one.distances else {}
+    return replace(one, runtime=next(iter(one.versions), "server"), distances={**own, **nearest})
 
 
 def _plain(value: object) -> object:

@@ -21,7 +21,7 @@ from lorakit.verify.llama_cpp import open_gguf, open_merged_gguf
 from lorakit.verify.loaded import ADAPTER, SessionRuntime, chosen, open_merged, open_reloaded, package_versions
 from lorakit.verify.mlx import open_mlx
 from lorakit.verify.prompts import MOST_TOKENS, Prompt, read_prompts
-from lorakit.verify.report import Comparison, GreedyDifference, VerifyReport
+from lorakit.verify.report import OWN_BASE, Comparison, GreedyDifference, VerifyReport
 from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
 from lorakit.verify.servers import open_url
 
@@ -30,8 +30,6 @@ CANARY_PROMPTS = 3
 
 TOP = 50
 """Number of most likely tokens whose log-probabilities are kept at each greedy token."""
-
-OWN_BASE = "lorakit's base"
 
 
 @dataclass(frozen=True)

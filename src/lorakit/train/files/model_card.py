@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lorakit.durable import (
     read_json,
     sealed,
     sha256_bytes,
+    sha256_file,
     write_bytes,
     write_text,
 )
@@ -35,6 +37,8 @@ from lorakit.train.files.run_folder import read_record
 
 FENCE = "---"
 _USE = "\n## Use\n"
+_START, _END = "<!-- lorakit verify -->", "<!-- end of lorakit verify -->"
+_TABLE = re.compile(f"\n{_START}\n.*?\n{_END}\n", re.DOTALL)
 MAX_SIDECAR_BYTES = 16 << 20
 
 HERE, BASE = "PATH_OF_THIS_FOLDER", "PATH_OF_THE_BASE"
@@ -97,7 +101,7 @@ def model_card(
 | | |
 |---|---|
 {table}
-{_verified(_valid(facts, trained))}{_USE}
+{_verified(_valid(export[0] if export else folder, facts))}{_USE}
 {_python(config, facts)}
 {_elsewhere(shared, facts, export)}
 Limitations: evaluated only on the data above. The base's license and limitations also apply.
@@ -174,40 +178,60 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
 
 
 def record_verification(folder: Path, report: JsonObject) -> str | None:
-    """Write a report of `lorakit verify` to `lorakit.json` and to the README, and return None, or why it is not kept.
+    """Write a report of `lorakit verify` to `lorakit.json` and the README; return None, or why it cannot be recorded.
 
-    Results for other runtimes stay if they are of the same weights; a runtime's older result is replaced.
+    Results in other runtimes are kept if they are about the same weights. A new result replaces the runtime's older
+    one, also if it is worse: otherwise the card would show what is no longer true.
 
     Raises:
         DiskError: A file cannot be written.
     """
     facts = _facts(folder)
-    if not facts or (folder / MANIFEST).is_file():
-        return f"it has no {SIDECAR_FILE}" if not facts else "a checkpoint is never changed"
-    new = {str(each["runtime"]): each for each in report["comparisons"]}
-    before = as_object(facts.get("verified"))
-    is_same = before.get("weights_sha256") == report["weights_sha256"]
-    kept = [each for each in before.get("comparisons") or [] if is_same and as_object(each).get("runtime") not in new]
-    after = {**report, "adapter": folder.name, "comparisons": [*kept, *new.values()]}
-    write_bytes(folder / SIDECAR_FILE, json_bytes(sealed({**facts, "verified": after})))
+    if (folder / MANIFEST).is_file():
+        return "the files of a checkpoint are never changed"
+    if not facts:
+        return f"there is no {SIDECAR_FILE}"
+    if not _describes(facts, folder) or as_object(facts["weights"])["sha256"] != report["weights_sha256"]:
+        return f"the adapter is not the one that {SIDECAR_FILE} describes"
+    rows = list(map(as_object, _valid(folder, facts).get("comparisons") or []))
+    new = {each["runtime"] for each in report["comparisons"]}
+    kept = [each for each in rows if each.get("runtime") not in new]
+    facts["verified"] = {**report, "comparisons": [*kept, *report["comparisons"]]}
+    write_bytes(folder / SIDECAR_FILE, json_bytes(sealed(facts)))
     if (folder / CARD).is_file():
-        text = read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8")
-        old, table = _verified(before), _verified(after)
-        if old and old in text:
-            text = text.replace(old, table, 1)
-        elif _USE in text:
-            text = text.replace(_USE, f"{table}{_USE}", 1)
-        else:
-            text += table
-        write_text(folder / CARD, text)
+        text = read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8", "surrogateescape")
+        write_bytes(folder / CARD, with_results(text, folder).encode("utf-8", "surrogateescape"))
+    else:
+        write_text(folder / CARD, card_of(folder, core.inspect_adapter(folder).parameters))
     return None
 
 
-def _valid(facts: JsonObject, trained: JsonObject) -> JsonObject:
-    """Return the report of `lorakit verify` in an adapter's or an export's facts; {} if it is of other weights."""
-    report = as_object(facts.get("verified"))
-    known = [as_object(each.get("weights")).get("sha256") for each in (trained, facts)]
-    return report if known[0] is None or report.get("weights_sha256") in known else {}
+def with_results(text: str, folder: Path) -> str:
+    """Return a README with the results of `lorakit verify` that are about an adapter's present files, and no others."""
+    text, table = _TABLE.sub("", text), _verified(_valid(folder, _facts(folder)))
+    start, use, rest = text.partition(_USE)
+    return f"{start}{table}{use}{rest}"
+
+
+def _valid(folder: Path, facts: JsonObject) -> JsonObject:
+    """Return the recorded report of `lorakit verify`; {} if there is none, or it is about other files than those here.
+
+    That of an export is about its source.
+    """
+    report, operation = as_object(facts.get("verified")), as_object(facts.get("operation"))
+    if not report or not _describes(facts, folder):
+        return {}
+    about = [facts["weights"], *(operation.get("of") or [] if operation.get("name") == "export" else [])]
+    return report if report.get("weights_sha256") in [as_object(each).get("sha256") for each in about] else {}
+
+
+def _describes(facts: JsonObject, folder: Path) -> bool:
+    """Return whether `lorakit.json` describes the weights and the config of a directory."""
+    files = (as_object(facts.get(name)) for name in ("weights", "config"))
+    return all(
+        (folder / str(each.get("file"))).is_file() and sha256_file(folder / str(each.get("file"))) == each.get("sha256")
+        for each in files
+    )
 
 
 def _verified(report: JsonObject) -> str:
@@ -219,12 +243,14 @@ def _verified(report: JsonObject) -> str:
         same, difference = each.get("greedy_same"), each.get("difference")
         compared = "" if same is None else f"{same} of {each.get('prompts')}"
         largest = "undefined" if difference is None else f"{difference:.1e}"
-        result = "; ".join(each.get("problems") or ["the adapter's answers"])
+        result = "; ".join(each.get("problems") or ["the adapter's answers" if each.get("judged") else "not judged"])
         rows.append((str(each.get("title")), versions, str(each.get("dtype")), largest, compared, result))
     if len(rows) == 2:
         return ""
-    table = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
-    return f"\nLog-probabilities in other runtimes, compared with lorakit's (`lorakit verify`):\n\n{table}\n"
+    table = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows).replace("<", "&lt;")  # names by a server
+    about = str(report.get("weights_sha256"))[:12]
+    title = f"Log-probabilities in other runtimes, compared with lorakit's (`lorakit verify`), of the weights {about}:"
+    return f"\n{_START}\n{title}\n\n{table}\n{_END}\n"
 
 
 def updated_card(text: str, config: LoraConfig) -> str:
