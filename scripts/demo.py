@@ -24,6 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "runs" / "demo"
 DATA = ROOT / "runs" / "demo-data"
 STEPS = 60
+SETTINGS: dict[str, Any] = {
+    "model": "smollm2",
+    "r": 8,
+    "lora_alpha": 16,
+    "learning_rate": 1e-3,
+    "max_length": 256,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+}
 HELD_OUT, SEED = 0.1, 27  # eight topics, 5,700 tokens, on which the base does about as well as on all (16.6 to 19)
 PROMPTS = (
     "The ``with`` statement is used to wrap the execution of a block with",
@@ -71,17 +80,11 @@ def demo(began: float, base_matmul: str) -> None:
     headline("2. Train")
     program_bytes = resident_bytes()
     settings = TrainSettings(
-        model="smollm2",
+        **SETTINGS,
         data=[str(train_file)],
         eval_data=[str(eval_file)],
         output_dir=str(RUN),
         overwrite=True,
-        r=8,
-        lora_alpha=16,
-        learning_rate=1e-3,
-        max_length=256,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
         max_steps=STEPS,
         eval_steps=STEPS,
         save_steps=STEPS,
