@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.verify.peft_server import Models, serving
 
+import lorakit
 from lorakit import cli, core, durable
 from lorakit.choices import VerifyName
 from lorakit.durable import sealed, write_json
@@ -55,7 +56,7 @@ def test_results_are_recorded_by_runtime_and_weights(
     card.write_bytes(given)
     text = verify("reloaded", "merged")
     assert text.startswith("# Mine\n\udcff\n") and text.endswith("\n\n## Use\n\nby hand\n")
-    assert text.count(GOOD) == 2 and f"torch {torch.__version__}" in text
+    assert text.count(GOOD) == 2 and f"torch {torch.__version__}" in text and f"lorakit {lorakit.__version__}" in text
     assert verify("merged") == text and model_card(folder, 1).count(GOOD) == 2
     verified = json.loads((folder / "lorakit.json").read_text())["verified"]
     assert [one["runtime"] for one in verified["comparisons"]] == ["reloaded", "merged"]

@@ -239,7 +239,8 @@ def _verified(report: JsonObject) -> str:
     header = ("runtime", "versions", "dtype", "largest difference", "equal greedy answers", "result")
     rows = [header, ("---",) * len(header)]
     for each in map(as_object, report.get("comparisons") or []):
-        versions = ", ".join(f"{name} {version}" for name, version in as_object(each.get("versions")).items())
+        packages = {**as_object(each.get("lorakit")), **as_object(each.get("versions"))}
+        versions = ", ".join(f"{name} {version}" for name, version in packages.items())
         same, difference = each.get("greedy_same"), each.get("difference")
         compared = "" if same is None else f"{same} of {each.get('prompts')}"
         largest = "undefined" if difference is None else f"{difference:.1e}"
