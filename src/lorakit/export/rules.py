@@ -88,7 +88,7 @@ VLLM: Mapping[str, Rule] = {
     "alpha pattern": Rule(FINE, _VLLM_HELPER + "get_rank_and_scaling", RUN),
     "dora": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "plain"),
     "lora bias": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "plain"),
-    "bias": Rule(REJECTED, _VLLM_HELPER + "validate_legal", SOURCE, "merge"),
+    "bias": Rule(REJECTED, _VLLM_HELPER + "validate_legal", RUN, "merge"),
     "saved module": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "merge"),
     "classification head": Rule(FINE, _VLLM_HELPER + "_validate_features"),
     "token rows": Rule(REJECTED, _VLLM_NAMES, RUN, "merge"),
@@ -120,7 +120,7 @@ VLLM: Mapping[str, Rule] = {
     "quantized base": Rule(UNCHECKED, "vllm/lora/layers"),
     "tied head": Rule(FINE, "vllm/lora/layers/logits_processor.py", RUN),
     "tied embedding": Rule(FINE, "vllm/lora/layers/vocab_parallel_embedding.py", RUN),
-    "chat template": Rule(IGNORED, "vllm/renderers/hf.py: resolve_chat_template", SOURCE, "template"),
+    "chat template": Rule(IGNORED, "vllm/renderers/hf.py: resolve_chat_template", RUN, "template"),
 }
 
 _SGLANG_ADAPTER, _SGLANG_POOL = "sglang/srt/lora/lora.py: ", "sglang/srt/lora/mem_pool.py: "

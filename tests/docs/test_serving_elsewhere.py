@@ -1,0 +1,63 @@
+"""docs/serving-elsewhere.md has the commands that `lorakit export` prints, and the rows that were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.export.formats import FORMATS
+
+from ..loading import load
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "serving-elsewhere.md").read_text(encoding="utf-8")
+NAME, BASE, RANK = "legal@c663732cda0b", "owner/base", 16
+GENERATED = load("scripts/generated_table.py")
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    load("scripts/bootstrap.py")
+    load("scripts/vllm_server.py")
+    return load("scripts/runtimes_table.py")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_commands_are_those_that_export_prints(format: str) -> None:
+    for title, command in FORMATS[format].commands(NAME, BASE, RANK).items():
+        assert f"\n{command}\n" in PAGE, title
+
+
+def test_the_table_is_that_of_the_results(script: Any) -> None:
+    assert GENERATED.with_table(PAGE, script.BEGIN, script.table()) == PAGE
+
+
+def test_every_runtime_gives_the_answers_of_every_adapter(script: Any) -> None:
+    rows = [json.loads(line) for line in script.RESULTS.read_text(encoding="utf-8").splitlines()]
+    newest = {(row["runtime"], row["family"], row["variant"]): row for row in rows}
+    assert set(newest) == {(r, f, v) for r in script.RUNTIMES for f in script.FAMILIES for v in script.VARIANTS}
+    assert all(map(script.is_good, newest.values()))
+
+
+GOOD = {"base": 1e-6, "lorakit": 1e-5, "peft": 1e-5, "greedy_same": 3, "greedy": 3, "nearest_other": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lorakit": 2e-3}, {"peft": 2e-3}, {"greedy_same": 2}, {"nearest_other": 1e-4}, {"base": 1e-3, "lorakit": 3e-3}],
+)
+def test_rows_that_fail(script: Any, change: dict[str, float]) -> None:
+    assert script.is_good(GOOD)
+    assert not script.is_good(GOOD | change)
+
+
+def test_the_words_of_a_printed_command() -> None:
+    load("scripts/bootstrap.py")
+    server = load("scripts/vllm_server.py")
+    command = FORMATS["vllm"].commands(NAME, "/models/my base", RANK)["vLLM, adapters on first use"]
+    variables, (program, verb, model, *_) = server.split(command)
+    assert (program, verb, model) == ("vllm", "serve", "/models/my base")
+    assert variables["VLLM_LORA_RESOLVER_CACHE_DIR"] == "OUTPUT"
