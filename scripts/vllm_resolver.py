@@ -74,15 +74,15 @@ def observations(url: str, base: str, output: Path) -> Iterator[tuple[str, objec
 
 def prepare(folder: Path) -> tuple[str, Path]:
     """Write the base and the adapters, and return the base and the directory that is resolved."""
-    from runtimes_table import SMALL, write_tokenizer
+    from rules_in_vllm import SIZES
+    from tests.export.bases import write_tokenizer
     from tests.export.specimens import SPECIMENS, Specimen, mapped
-    from tests.small_models import VOCABULARY
 
     chosen = {name.replace(" ", "-"): SPECIMENS[name] for name in ("no base name", "base name", "chat template", "nan")}
     chosen |= {"good": Specimen(), "outside": Specimen(), "negated": Specimen(edit=mapped("lora_B", lambda B: -B))}
-    output, sizes = folder / "adapters", {name: SMALL[name] for name in SMALL if name != "head_dim"}
+    output = folder / "adapters"
     for name, specimen in chosen.items():
-        base, adapter, _ = specimen.write(folder / "made" / name, **sizes)
+        base, adapter, _ = specimen.write(folder / "made" / name, **SIZES)
         target = (folder if name == "outside" else output) / name
         shutil.copytree(adapter, target)
         if name not in ("no-base-name", "base-name"):
@@ -90,7 +90,7 @@ def prepare(folder: Path) -> tuple[str, Path]:
             config["base_model_name_or_path"] = str(folder / "base")
             (target / "adapter_config.json").write_text(json.dumps(config))
     shutil.copytree(base, folder / "base")
-    write_tokenizer(folder / "base", VOCABULARY)
+    write_tokenizer(folder / "base")
     (folder / "base" / "chat_template.jinja").write_text("t5 t6")
     return str(folder / "base"), output
 

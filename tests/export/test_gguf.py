@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests import small_models
+from tests.export.bases import FAMILIES, random
 from tests.export.specimens import with_random_adapter
 from tests.gguf_models import write_base, write_smollm2
 
@@ -29,28 +28,7 @@ pytestmark = [
 BOUND = 1e-3
 """Allowed difference of a log-probability, in nats."""
 
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: small_models.llama(rope_parameters=ROPE),
-    "mistral": lambda: small_models.mistral(rope_parameters=ROPE, sliding_window=None),
-    "qwen2": lambda: small_models.qwen2(rope_parameters=ROPE),
-    "qwen3": lambda: small_models.qwen3(rope_parameters=ROPE),
-    "phi3": lambda: small_models.phi3(rope_parameters=ROPE),
-    "gemma2": lambda: small_models.gemma2(rope_parameters=ROPE, sliding_window=64),
-    "gemma3_text": lambda: small_models.gemma3(
-        rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 1e4}},
-        sliding_window=64,
-        num_hidden_layers=6,
-    ),
-    "gpt2": lambda: small_models.gpt2(),
-}
 IDS = torch.randint(0, 60, (20,), generator=torch.Generator().manual_seed(3)).tolist()
-
-
-def random(family: str) -> Any:
-    """Return a model of a family with weights so large that attention, and thus positions, matter."""
-    torch.manual_seed(0)
-    return small_models.randomized(FAMILIES[family](), 0.1)
 
 
 def patterns(family: str) -> dict[str, Any]:
@@ -78,7 +56,7 @@ def in_llama_cpp(base: Path, adapter: Path) -> list[float]:
 
 def difference(family: str, folder: Path, **settings: Any) -> float:
     """Return the largest difference between llama.cpp and peft."""
-    base = random(family)
+    base = random(family, 0.1)
     base.save_pretrained(folder / "base")
     values = expected(base, folder / "adapter", **settings)
     request = ExportRequest(core.common_form(folder / "adapter"), "notes", hub.resolve(folder / "base"))

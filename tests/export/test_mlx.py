@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import small_models
+from tests.export.bases import FAMILIES, ROPE, random, saved
 from tests.export.specimens import with_random_adapter
 
 from lorakit import core, hub
@@ -31,9 +32,6 @@ pytestmark = [
 BOUND = 1e-3
 """Allowed difference of a log-probability, in nats; 2e-4 was measured with SmolLM2, less with small models."""
 
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
-"""Not 10,000, which mlx-lm assumes if it finds no other value."""
-
 SCALED = ROPE | {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -41,28 +39,24 @@ SCALED = ROPE | {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-PER_TYPE = {"full_attention": ROPE | {"rope_type": "linear", "factor": 4.0}, "sliding_attention": ROPE}
+SCALED_PER_TYPE = {"full_attention": ROPE | {"rope_type": "linear", "factor": 4.0}, "sliding_attention": ROPE}
 
 # mlx-lm rounds the square root of Gemma 3's hidden size to bf16, which is exact for 64
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: small_models.llama(rope_parameters=ROPE),
-    "llama 3": lambda: small_models.llama(rope_parameters=SCALED),
-    "mistral": lambda: small_models.mistral(rope_parameters=ROPE, sliding_window=None),
-    "qwen2": lambda: small_models.qwen2(rope_parameters=ROPE),
-    "qwen3": lambda: small_models.qwen3(rope_parameters=ROPE),
-    "phi3": lambda: small_models.phi3(rope_parameters=ROPE),
-    "gemma2": lambda: small_models.gemma2(hidden_size=64, rope_parameters=ROPE, sliding_window=4096),
-    "gemma3_text": lambda: small_models.gemma3(
-        hidden_size=64, num_hidden_layers=7, sliding_window=4, rope_parameters=PER_TYPE
+FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama 3": ("llama", {"rope_parameters": SCALED}),
+    "gemma2": ("gemma2", {"hidden_size": 64}),
+    "gemma3_text": (
+        "gemma3_text",
+        {"hidden_size": 64, "num_hidden_layers": 7, "sliding_window": 4, "rope_parameters": SCALED_PER_TYPE},
     ),
-    "gpt2": lambda: small_models.gpt2(n_ctx=1024),  # which mlx-lm needs
 }
+"""Name of a case -> its family, and fields of the config."""
 
 
-def random(family: str) -> Any:
-    """Return a model of a family with weights so large that attention, and thus positions, matter."""
-    torch.manual_seed(0)
-    return small_models.randomized(FAMILIES[family](), 0.2)
+def model_of(case: str) -> Any:
+    family, fields = FIELDS[case]
+    return random(family, 0.2, **fields)
 
 
 def trained(base: Any, folder: Path, std: float = 0.3, **settings: Any) -> Any:
@@ -113,17 +107,9 @@ def worst(base: Path, adapter: Path, model: Any, change: Callable[[dict[str, Any
         return math.inf
 
 
-def saved(base: Any, folder: Path) -> Path:
-    """Save a base; GPT-2 without the prefix of its tensors, as it was published and mlx-lm needs it."""
-    hub.save_model(base, folder)
-    weights = folder / "model.safetensors"
-    save_file({name.removeprefix("transformer."): t for name, t in load_file(weights).items()}, weights)
-    return folder
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIELDS)
 def test_mlx_lm_computes_the_same(family: str, tmp_path: Path) -> None:
-    base = random(family)
+    base = model_of(family)
     folder = saved(base, tmp_path / "base")
     model = trained(base, tmp_path / "adapter", std=0.1, use_rslora=True, rank_pattern={"1.*_proj": 6})
     exported = written(folder, tmp_path / "adapter", tmp_path / "out")
@@ -213,7 +199,7 @@ def test_architectures_that_were_not_tested(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama 3", "gemma3_text"])
 def test_mlx_lm_needs_the_earlier_keys_of_rope_parameters(family: str, tmp_path: Path) -> None:
-    base = random(family)
+    base = model_of(family)
     folder = saved(base, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     left = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
