@@ -51,6 +51,15 @@ def test_rows_that_fail(script: Any, change: dict[str, float]) -> None:
     assert not script.is_good({"base": 1e-6, "variants": {"plain": GOOD, "rsLoRA": GOOD | change}})
 
 
+@pytest.mark.parametrize(
+    ("theirs", "expected"), [([5, 6], True), ([5, 9], True), ([5], True), ([4, 6], False), ([5, 6, 7], False)]
+)
+def test_greedy_answers_may_differ_where_two_tokens_are_equally_likely(
+    script: Any, theirs: list[int], expected: bool
+) -> None:
+    assert script.is_same(1e-3, [5, 6], theirs, [0.2, 5e-4, 0.3]) is expected
+
+
 def test_the_words_of_a_printed_command() -> None:
     load("scripts/bootstrap.py")
     server = load("scripts/vllm_server.py")
