@@ -313,7 +313,7 @@ def table() -> str:
         lines.append([family, runtime, _micro(row["base"]), *cells])
     return (
         f"{len(results)} exports; {sum(one['greedy_same'] for one in results)} of {PROMPTS * len(results)} greedy "
-        "answers equal; smallest distance from another adapter or the base "
+        "answers agree; smallest distance from another adapter or the base "
         f"{min(one['nearest_other'] for one in results):.2g}. "
         f"{', '.join(f'{name} {number}' for name, number in packages.items())}; {'; '.join(sorted(machines))}.\n\n"
     ) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
