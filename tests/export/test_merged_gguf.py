@@ -14,8 +14,9 @@ import pytest
 import torch
 from tests import small_models
 from tests.conftest import CHAT_TEMPLATE
+from tests.export.bases import FAMILIES, ROPE, random
 from tests.export.specimens import with_random_adapter
-from tests.export.test_gguf import FAMILIES, IDS, ROPE, patterns, random
+from tests.export.test_gguf import IDS, patterns
 from tests.gguf_models import write_base
 from tests.small_gguf import own_gguf_cache  # noqa: F401 - a fixture
 
@@ -92,7 +93,7 @@ def difference(file: Path, expected: list[float]) -> float:
 @pytest.mark.costly
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_peft_merges(tmp_path: Path, family: str) -> None:
-    model = random(family)
+    model = random(family, 0.1)
     request = files(model, tmp_path, **patterns(family))
     expected = scores(by_peft(model, tmp_path))
     assert difference(request.base_gguf or tmp_path, expected) > 0.1
@@ -120,7 +121,7 @@ def test_a_weight_that_two_modules_share(tmp_path: Path, family: str, site: str)
 
 
 def test_gemma_2_has_no_head_of_its_own(tmp_path: Path) -> None:
-    request = files(random("gemma2"), tmp_path, target_modules=["embed_tokens"])
+    request = files(random("gemma2", 0.1), tmp_path, target_modules=["embed_tokens"])
     with pytest.raises(AdapterError) as caught:
         merged(request, tmp_path / "out")
     assert caught.value.what == "model.embed_tokens" and not (tmp_path / "out").exists()
@@ -130,7 +131,7 @@ def test_gemma_2_has_no_head_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outtype", ["F16", "BF16", "Q8_0"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_types(tmp_path: Path, family: str, outtype: Any) -> None:
-    model = random(family)
+    model = random(family, 0.1)
     request = files(model, tmp_path)
     _, exact = merged(request, tmp_path / "exact")
     _, file = merged(replace(request, outtype=outtype), tmp_path / "out")
@@ -151,7 +152,7 @@ def test_types(tmp_path: Path, family: str, outtype: Any) -> None:
 
 @pytest.mark.parametrize("form", ["Q8_0", "Q4_0"])
 def test_a_quantized_base(tmp_path: Path, form: str) -> None:
-    model = random("llama")
+    model = random("llama", 0.1)
     request = files(model, tmp_path, target_modules=["q_proj"])
     quantized = requantized(tmp_path / "base.gguf", tmp_path / "small.gguf", form)
     _, file = merged(replace(request, base_gguf=quantized, outtype="Q8_0"), tmp_path / "out")
@@ -185,7 +186,7 @@ def requantized(source: Path, target: Path, form: str, name: str = "") -> Path:
 
 
 def test_the_same_bytes_again(tmp_path: Path) -> None:
-    request = files(random("llama"), tmp_path)
+    request = files(random("llama", 0.1), tmp_path)
     one, first = merged(request, tmp_path / "one")
     other, second = merged(request, tmp_path / "other")
     assert one == other and sha256_file(first) == sha256_file(second)
@@ -193,7 +194,7 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
 
 
 def test_the_type_is_in_the_name(tmp_path: Path) -> None:
-    request = files(random("llama"), tmp_path)
+    request = files(random("llama", 0.1), tmp_path)
     assert merged(request, tmp_path / "one")[0] != merged(replace(request, outtype="F16"), tmp_path / "two")[0]
 
 
@@ -219,7 +220,7 @@ def fewer_heads(request: ExportRequest, folder: Path) -> Path:
 
 
 def other_architecture(request: ExportRequest, folder: Path) -> Path:
-    return write_base(random("qwen2"), folder / "other.gguf")
+    return write_base(random("qwen2", 0.1), folder / "other.gguf")
 
 
 def truncated(request: ExportRequest, folder: Path) -> Path:
@@ -257,7 +258,7 @@ BAD = (
 
 @pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__)
 def test_files_that_are_not_the_base(tmp_path: Path, make: Any) -> None:
-    request = files(random("llama"), tmp_path)
+    request = files(random("llama", 0.1), tmp_path)
     with pytest.raises(ModelError) as caught:
         merged(replace(request, base_gguf=make(request, tmp_path)), tmp_path / "out")
     assert isinstance(caught.value, LorakitError) and str(tmp_path) in str(caught.value.where)
@@ -267,7 +268,7 @@ def test_files_that_are_not_the_base(tmp_path: Path, make: Any) -> None:
 def test_the_base_that_an_adapter_records(tmp_path: Path) -> None:
     from lorakit.config import LoraConfig
 
-    one, other = random("llama"), small_models.randomized(FAMILIES["llama"](), 0.1)
+    one, other = random("llama", 0.1), small_models.randomized(FAMILIES["llama"](), 0.1)
     request = files(one, tmp_path)
     core.attach(one, LoraConfig(r=2, target_modules=["q_proj"]))
     core.save_adapter(one, tmp_path / "ours")
@@ -281,7 +282,7 @@ def test_the_base_that_an_adapter_records(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
-    model = random("llama")
+    model = random("llama", 0.1)
     request = files(model, tmp_path)
     with pytest.raises(UsageError) as caught:
         merged(replace(request, base_gguf=None), tmp_path / "out")
@@ -304,7 +305,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
 
 
 def test_a_base_without_known_values(tmp_path: Path) -> None:
-    request = files(random("llama"), tmp_path)
+    request = files(random("llama", 0.1), tmp_path)
     config = hub.resolve(tmp_path / "base" / "config.json")
     exported, _ = merged(replace(request, base=config), tmp_path / "out")
     assert len(exported.notes) == 1
@@ -335,7 +336,7 @@ def test_lorakit_s_own_chatml() -> None:
 
 
 def test_the_modelfile(tmp_path: Path) -> None:
-    request = files(random("llama"), tmp_path)
+    request = files(random("llama", 0.1), tmp_path)
     _, file = merged(request, tmp_path / "plain")
     lines = (file.parent / "Modelfile").read_text().splitlines()
     assert lines[0] == f"FROM ./{file.name}"

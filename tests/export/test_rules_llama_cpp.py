@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.export.test_gguf import BOUND, IDS, expected, in_llama_cpp, random
+from tests.export.bases import random
+from tests.export.test_gguf import BOUND, IDS, expected, in_llama_cpp
 from tests.gguf_models import write_base
 
 from lorakit import core, hub
@@ -76,7 +77,7 @@ def rewrite(source: Path, target: Path, change: Change) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_llama_cpp_does_what_its_rule_says(tmp_path: Path, name: str) -> None:
     change, effect = CASES[name]
-    base = random("llama")
+    base = random("llama", 0.1)
     base.save_pretrained(tmp_path / "base")
     values = expected(base, tmp_path / "adapter", r=RANK)
     request = ExportRequest(core.common_form(tmp_path / "adapter"), "notes", hub.resolve(tmp_path / "base"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +60,7 @@ def serving_commands(name: str, base: str, rank: int, output: str = "OUTPUT") ->
 from ray.serve.llm import LLMConfig, build_openai_app
 
 config = LLMConfig(  # upload {name} to s3://BUCKET/adapters/ first; clients name it base:{name}
-    model_loading_config={{"model_id": "base", "model_source": {base!r}}},
+    model_loading_config={{"model_id": "base", "model_source": {json.dumps(base)}}},
     lora_config={{"dynamic_lora_loading_path": "s3://BUCKET/adapters", "max_num_adapters_per_replica": 32}},
     engine_kwargs={{"enable_lora": True, "max_loras": 32, "max_lora_rank": {limit}}},
 )
