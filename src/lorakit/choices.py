@@ -1,4 +1,4 @@
-"""Names that flags and settings may have, names of layer types, and a number: what is needed with and without torch.
+"""Names and values that flags and settings may have, names of layer types: what is needed with and without torch.
 
 Flags are checked and plans are made before torch is loaded; so each list is here, and a test compares it with the
 registry that implements its names.
@@ -6,6 +6,8 @@ registry that implements its names.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 TaskName = Literal["causal-lm", "classification", "token-classification", "seq2seq", "embedding"]
@@ -73,6 +75,19 @@ KEPT_CHANNELS = 16
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 """Names in `lorakit.plan.optimizer_state.OPTIMIZERS` and `lorakit.train.loop.optimizer.OPTIMIZERS`."""
+
+SAMPLING_RULES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "0 (greedy) or a number above 0, such as 0.7"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
+    "top_k": (lambda value: value >= 0, "0 (all tokens) or an integer above 0"),
+    "seed": (lambda value: 0 <= value < 2**63, "an integer from 0 to 2**63 - 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "frequency_penalty": (lambda value: -2 <= value <= 2, "from -2 to 2"),
+    "presence_penalty": (lambda value: -2 <= value <= 2, "from -2 to 2"),
+    "repetition_penalty": (lambda value: 0.01 <= value <= 100, "from 0.01 to 100 (1: no penalty)"),
+    "min_tokens": (lambda value: value >= 0, "0 or an integer above 0"),
+}
+"""Numbers in `lorakit.generate.Sampling` -> the test of a value, and its description."""
 
 STORED: tuple[Stored, ...] = get_args(Stored)
 """Names in `lorakit.plan.quantized.STORAGES`."""

@@ -94,15 +94,21 @@ def test_wrong_arguments_load_no_torch_and_print_nothing_else(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "values", [(-1.0, 1.0, 0, 0), (float("nan"), 1.0, 0, 0), (0.0, 0.0, 0, 0), (0.0, 1.1, 0, 0), (0.0, 1.0, -1, 0),
-               (0.0, 1.0, 0, -1), (0.0, 1.0, 0, 2**63)],
-)  # fmt: skip
-def test_sampling_is_rejected_with_the_same_words(values: tuple[float, float, int, int]) -> None:
-    temperature, top_p, top_k, seed = values
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("seed", 2**63),
+        ("min_p", 2),
+    ],
+)
+def test_sampling_is_rejected_with_the_same_words(name: str, value: float) -> None:
     with pytest.raises(ConfigError) as first:
-        early.check_sampling(temperature, top_p, top_k, seed)
+        early.check_sampling(**{name: value})
     with pytest.raises(ConfigError) as second:
-        Sampling(temperature, top_k, top_p, seed)
+        Sampling(**{name: value})
     assert str(first.value) == str(second.value)
 
 
@@ -110,6 +116,6 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     early.check_model("smollm2")
     early.check_model(str(tmp_path))
     early.check_new_directory(tmp_path)
-    early.check_sampling(0.7, 0.9, 40, 1)
+    early.check_sampling(temperature=0.7, top_p=0.9, top_k=40, seed=1)
     for device in ("auto", "cpu", "cuda", "cuda:3", "mps"):
         early.check_device(device)

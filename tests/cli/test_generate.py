@@ -88,6 +88,14 @@ def test_a_single_adapter_answers_alone_unless_the_base_is_asked_for(
     assert [a["name"] for a in asked(capsys, *common, "--base")["results"][0]["answers"]] == ["base", str(one)]
 
 
+def test_penalties_reach_the_sampler(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", tiny_model_directory, "--prompt", "hello", "--max-new-tokens", 12]
+    plain, penalized = (asked(capsys, *common, *more) for more in ([], ["--repetition-penalty", 100]))
+    assert plain["sampling"]["repetition_penalty"] == 1 and penalized["sampling"]["repetition_penalty"] == 100
+    assert plain["results"][0]["answers"][0]["text"] != penalized["results"][0]["answers"][0]["text"]
+    assert "min_p is 2.0; it must be from 0 to 1." in refusal(capsys, 2, *common, "--min-p", 2)
+
+
 def test_several_answers_stand_one_below_the_other_in_a_pipe(
     tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,11 @@ are downloaded here, after the other arguments were checked.
 from __future__ import annotations
 
 import glob
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lorakit.choices import SAMPLING_RULES
 from lorakit.errors import ConfigError, DataError, ModelError, UsageError, similar_path
 from lorakit.hub_cache import adapter_from_hub, find_adapter, is_on_hub, with_revision
 from lorakit.machine import DEVICE_FORM, is_device_name
@@ -117,17 +117,9 @@ def check_at_least(name: str, value: int | None, least: int) -> None:
         raise ConfigError.of(name, value, f"at least {least}")
 
 
-def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> None:
-    """Check sampling settings: temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= seed < 2**63.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError.of("temperature", temperature, "0 (greedy) or a number above 0, such as 0.7")
-    if not 0 < top_p <= 1:
-        raise ConfigError.of("top_p", top_p, "above 0 and at most 1 (all tokens)")
-    if top_k < 0:
-        raise ConfigError.of("top_k", top_k, "0 (all tokens) or an integer above 0")
-    if not 0 <= seed < 2**63:
-        raise ConfigError.of("seed", seed, "an integer from 0 to 2**63 - 1")
+def check_sampling(**values: float) -> None:
+    """Raise ConfigError if a setting of `lorakit.generate.Sampling`, given by name, is out of range."""
+    for name, value in values.items():
+        is_allowed, rule = SAMPLING_RULES[name]
+        if not is_allowed(value):
+            raise ConfigError.of(name, value, rule)

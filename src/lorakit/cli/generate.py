@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from lorakit import allocator
-from lorakit.choices import BASE_MATMULS, DTYPES, MATMUL_IN_DTYPE, MATMUL_IN_INT8
+from lorakit.choices import BASE_MATMULS, DTYPES, MATMUL_IN_DTYPE, MATMUL_IN_INT8, SAMPLING_RULES
 from lorakit.cli import adapters, console, early
 from lorakit.cli.flag_groups import RevisionFlag
 from lorakit.cli.prompts import first_line, read_chats, read_prompts, read_tools, show, summary
@@ -76,6 +76,14 @@ class Flags:
         float, Parameter(help="Sample from the smallest set of tokens that reaches this total probability.")
     ] = 1.0
     top_k: Annotated[int, Parameter(help="Sample only from this many of the most likely tokens; 0 means all.")] = 0
+    min_p: Annotated[
+        float,
+        Parameter(help="Sample only from tokens with at least this fraction of the most likely one's probability."),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Parameter(help="Divide the logits of tokens in the prompt and the answer by this if positive, else multiply."),
+    ] = 1.0
     seed: Annotated[int, Parameter(help="Sampling seed, the same for every answer.")] = 0
     merged: Annotated[
         bool | None,
@@ -132,7 +140,7 @@ def run(
     from lorakit.session.prompts import encode_prompts, end_ids, prompt_format
     from lorakit.tasks import CAUSAL_LM
 
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    sampling = Sampling(**_sampling(flags))
     allowed = adapters.overridden(asdict(allow))
     revision = flags.revision if base is None else None  # the name of a given base has it
     options = SessionOptions(flags.dtype, flags.device, quantization, flags.base_matmul, allowed, revision)
@@ -192,9 +200,14 @@ def _merge(session: Session, flags: Flags, prompts: int, folder: str, detail: Ca
     detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (disable with --no-merged)")
 
 
+def _sampling(flags: Flags) -> dict[str, Any]:
+    """Return the flags that are settings of `lorakit.generate.Sampling`, by name."""
+    return {name: getattr(flags, name) for name in SAMPLING_RULES if hasattr(flags, name)}
+
+
 def _check(flags: Flags) -> str | None:
     """Check the flags, and return the name of the base, with its revision, or None if the adapters name it."""
-    early.check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
+    early.check_sampling(**_sampling(flags))
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     early.check_choice("dtype", flags.dtype, DTYPES)
     early.check_device(flags.device)

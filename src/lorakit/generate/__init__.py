@@ -8,7 +8,7 @@ key-value cache.
 from lorakit.generate.detokenizing import TextStream, Tokenizer
 from lorakit.generate.engine import Ending, NewToken, context_tokens, embedding_weight, generate, generate_batch
 from lorakit.generate.prefixes import Prefix, read_prefix
-from lorakit.generate.sampling import Sampler, Sampling
+from lorakit.generate.sampling import Sampler, Sampling, TokenLogprobs, logprobs
 
 __all__ = [
     "Ending",
@@ -17,10 +17,12 @@ __all__ = [
     "Sampler",
     "Sampling",
     "TextStream",
+    "TokenLogprobs",
     "Tokenizer",
     "context_tokens",
     "embedding_weight",
     "generate",
     "generate_batch",
+    "logprobs",
     "read_prefix",
 ]

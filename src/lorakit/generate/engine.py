@@ -134,7 +134,8 @@ def generate_batch(
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
     weight = embedding_weight(model)
-    _check_prompts(rows, None if weight is None else weight.shape[0], limit)
+    vocabulary = None if weight is None else weight.shape[0]
+    _check_prompts(rows, vocabulary, limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
         message = (
@@ -142,12 +143,15 @@ def generate_batch(
             "one per prompt, or a single `Sampling` for all prompts."
         )
         raise UsageError(message, field="sampling")
+    for one in samplings:
+        one.check_vocabulary(vocabulary)
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
     if prefix is not None:
         check_prefix(model, prefix, rows, names)
     shared = shared_tokens(model, rows, names) if prefix is None else len(prefix.tokens)
     forward = _Forward(model, rows, limit, scope, prefix, shared)
-    return _steps(forward, _Rows(rows, [Sampler(s) for s in samplings], frozenset(eos_ids), max_new_tokens, limit))
+    samplers = [Sampler(one, ids, eos_ids) for one, ids in zip(samplings, rows, strict=True)]
+    return _steps(forward, _Rows(rows, samplers, frozenset(eos_ids), max_new_tokens, limit))
 
 
 def context_tokens(model: nn.Module) -> int | None:
