@@ -26,7 +26,7 @@ def test_text_and_json(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [save_adapter("notes"), "--model", tiny_model_directory, "--prompts", 3, "--max-new-tokens", 3]
-    assert call("verify", *words, "--against", "reloaded,merged", "--verbose") == 0
+    assert call("verify", *words, "--against", "reloaded, merged", "--verbose") == 0
     text = capsys.readouterr().out
     assert "3 prompts (packaged)" in text and text.count(" ok") == 2 and "3 of 3" in text
     assert call("verify", *words, "--against", "reloaded", "merged", "--json") == 0
@@ -147,7 +147,11 @@ def test_an_adapter_without_effect_fails(
         (["--against", ","], "against"),
         (["--against", "reloaded", "--prompts", "0"], "prompts"),
         (["--against", "reloaded", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--against", "URL"], "against"),
+        (["--against", "http://localhost:port"], "against"),
         (["--against", "http://localhost:1", "--timeout", "0"], "timeout"),
+        (["--against", "http://localhost:1", "--timeout", "inf"], "timeout"),
+        (["--against", "http://localhost:1", "--timeout", "1e300"], "timeout"),
         (["--against", "http://localhost:1", "--api-key-env", "NO_SUCH_VARIABLE"], "api-key-env"),
         (["--against", "reloaded", "--data", "nothing.txt"], "nothing.txt"),
     ],

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,9 @@ def serving(models: Models, change: Change = lambda path, reply: reply) -> Itera
             if status in (301, 307):
                 self.send_header("Location", "http://127.0.0.1:1/")
             self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # the client no longer waits
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *_: Any) -> None: ...
 

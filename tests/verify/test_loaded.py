@@ -124,7 +124,7 @@ def test_data_gives_the_prompts(save_adapter: Callable[..., Path], tiny_model_di
     assert report.as_dict()["good"] is True
 
 
-@pytest.mark.parametrize("name", ["vllm", "http", "ftp://host", ""])
+@pytest.mark.parametrize("name", ["vllm", "http", "http:localhost", "mlx://host", "ftp://host", ""])
 def test_unknown_runtimes(save_adapter: Callable[..., Path], tiny_model_directory: Path, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compared(save_adapter("notes"), tiny_model_directory, name)

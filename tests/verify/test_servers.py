@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from tests.verify.peft_server import Change, Models, late, serving
 from lorakit.cli import main
 from lorakit.errors import LorakitError, ModelError, NonFiniteError, UsageError
 from lorakit.verify import Comparison, VerifyOptions, verify
+from lorakit.verify.http_client import JsonClient
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
 
@@ -133,6 +137,7 @@ FAULTS: dict[str, tuple[Change, type[LorakitError]]] = {
     "text": (with_values(lambda values: [*values[:2], "-1.5", *values[3:]]), ModelError),
     "NaN": (with_values(lambda values: [*values[:2], math.nan, *values[3:]]), NonFiniteError),
     "infinity": (with_values(lambda values: [*values[:2], -math.inf, *values[3:]]), NonFiniteError),
+    "a number that no float has": (with_values(lambda values: [*values[:2], -(10**400), *values[3:]]), ModelError),
     "more tokens": (on_completions(lambda reply: {**reply, "usage": {"prompt_tokens": 1}}), ModelError),
     "no choices": (on_completions(lambda reply: {**reply, "choices": []}), ModelError),
     "not an object": (on_completions(lambda reply: [reply]), ModelError),
@@ -180,15 +185,110 @@ def test_a_command_writes_one_message_and_no_file(
     assert files() == before
 
 
-def test_two_adapters_with_one_name_in_llama_cpp(adapters: dict[str, Path], tiny_model_directory: Path) -> None:
-    replies = {
-        "/v1/models": {"data": [{"id": "base", "owned_by": "llamacpp"}]},
-        "/lora-adapters": [{"id": 0, "path": "a/notes.gguf"}, {"id": 1, "path": "b/notes.gguf"}],
-    }
+@contextmanager
+def answering(content: bytes) -> Iterator[str]:
+    """Answer every request with bytes, and yield the URL; the connection stays open for a while."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(content)
+                done.wait(0 if b"chunked" in content else 10)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"HTTP/1.1 500 Error\r\nContent-Length: 1000\r\n\r\n",
+        b"HTTP/1.1 500 Error\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        b"HTTP/1.1 429 Busy\r\nContent-Length: 1000\r\n\r\nlater\n",
+        b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"data":',
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01 chunked",
+    ],
+)
+def test_answers_that_end_early(content: bytes) -> None:
+    with answering(content) as url, pytest.raises(ModelError) as caught:
+        JsonClient(url, timeout=0.3).get("/v1/models")
+    assert caught.value.where == url and ("429" in str(caught.value)) == (b"429" in content)
+
+
+@pytest.mark.parametrize("key", ["secret\n", "söcret", "se\u0000cret"])
+def test_a_key_that_no_header_can_carry_is_not_shown(key: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        JsonClient("http://127.0.0.1:9", key)
+    assert caught.value.field == "api_key_env" and "cret" not in str(caught.value)
+
+
+def in_llama_server(url_replies: dict[str, Any], adapters: dict[str, Path], base: Path) -> tuple[str, LorakitError]:
+    """Return the URL of a server with these replies, and the error that they cause."""
+    replies = {"/v1/models": {"data": [{"id": "base", "owned_by": "llamacpp"}]}, **url_replies}
     models: Any = SimpleNamespace(reply=lambda path, body: replies.get(path, {}))
     with serving(models) as url, pytest.raises(ModelError) as caught:
-        compared(url, adapters, tiny_model_directory, served_model="notes")
-    assert (caught.value.where, caught.value.what) == (url, "notes")
+        compared(url, adapters, base, served_model="notes")
+    return url, caught.value
+
+
+def test_two_adapters_with_one_name_in_llama_cpp(adapters: dict[str, Path], tiny_model_directory: Path) -> None:
+    listed = [{"id": 0, "path": "a/notes.gguf"}, {"id": 1, "path": "b/notes.gguf"}]
+    url, error = in_llama_server({"/lora-adapters": listed}, adapters, tiny_model_directory)
+    assert (error.where, error.what) == (url, "notes")
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        {"/lora-adapters": [{"id": 0}, {"path": "a/other.gguf"}, 3]},
+        {"/lora-adapters": [{"path": "notes.gguf"}]},
+        {
+            "/lora-adapters": [{"id": 0, "path": "notes.gguf"}],
+            "/detokenize": {"content": "\ufffd"},
+            "/completion": {"model": "base", "completion_probabilities": [{"top_logprobs": [{"id": [1]}]}]},
+        },
+    ],
+)
+def test_faults_of_llama_servers(
+    adapters: dict[str, Path], tiny_model_directory: Path, replies: dict[str, Any]
+) -> None:
+    url, error = in_llama_server(replies, adapters, tiny_model_directory)
+    assert error.where == url
+
+
+def test_ids_that_are_not_tokens_are_unknown(adapters: dict[str, Path], tiny_model_directory: Path) -> None:
+    def change(path: str, reply: dict[str, Any]) -> Any:
+        if path == "/tokenize":
+            return {"tokens": ["1", 2]}
+        for choice in reply.get("choices", ()):
+            choice["token_ids"] = [True, 10**300]
+        return reply
+
+    with serving(Models(tiny_model_directory, adapters), change) as url:
+        one = compared(url, adapters, tiny_model_directory)
+    assert (one.other_tokens, one.greedy_same, one.problems) == (None, None, [])
+
+
+def test_long_names_of_servers_are_cut(adapters: dict[str, Path], tiny_model_directory: Path) -> None:
+    def change(path: str, reply: dict[str, Any]) -> Any:
+        if path == "/version":
+            return {"version": "9" * 100_000}
+        if path == "/v1/models":
+            for model in reply["data"]:
+                model["owned_by"] = "x" * 100_000
+            reply["data"].append({"id": "notes@" + "x" * 100_000})
+        return reply
+
+    with serving(Models(tiny_model_directory, adapters), change) as url:
+        one = compared(url, adapters, tiny_model_directory)
+    assert one.problems == [] and len(str(one.as_dict())) < 3000
 
 
 @pytest.mark.parametrize(
@@ -219,8 +319,21 @@ def test_nobody_listens(adapters: dict[str, Path], tiny_model_directory: Path) -
     assert caught.value.where == "http://127.0.0.1:9"
 
 
-@pytest.mark.parametrize("url", ["http://", "http:localhost"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://[::1",
+        "http://h:port",
+        "http://h:99999",
+        "http://name:secret@h",
+        "http://h/?x=1",
+        "http://h/#x",
+        "http://h/a b",
+        "http://h/a\nb",
+    ],
+)
 def test_no_url(adapters: dict[str, Path], tiny_model_directory: Path, url: str) -> None:
     with pytest.raises(UsageError) as caught:
         compared(url, adapters, tiny_model_directory)
-    assert caught.value.field == "against"
+    assert caught.value.field == "against" and "secret" not in str(caught.value)

@@ -23,6 +23,9 @@ from lorakit.terminal import working
 if TYPE_CHECKING:
     from lorakit.verify import Comparison, VerifyReport
 
+MOST_SECONDS = 86_400
+"""Largest --timeout."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
@@ -83,7 +86,7 @@ def run(
         ConfigError: A runtime is unknown.
         LorakitError: A runtime cannot be opened or asked.
     """
-    targets = [name for word in flags.against for name in word.split(",") if name]
+    targets = [name for word in flags.against for part in word.split(",") if (name := part.strip())]
     _check(flags, targets)
     ((given, folder),) = adapter_folders([adapter]).items()
     allocator.set_up()  # before torch allocates any memory
@@ -130,8 +133,8 @@ def _record(folder: Path, report: VerifyReport) -> None:
 def _check(flags: Flags, targets: Sequence[str]) -> None:
     """Check everything that needs neither torch nor a model."""
     for target in targets:
-        if not target.startswith(("http://", "https://")):
-            check_choice("against", target, (*VERIFY_NAMES, "URL"))
+        if "://" not in target:
+            check_choice("against", target, (*VERIFY_NAMES, "http://HOST:PORT"))
     if not targets:
         raise UsageError("--against names no runtime.", field="against", allowed=VERIFY_NAMES)
     check_choice("dtype", flags.dtype, DTYPES)
@@ -139,8 +142,9 @@ def _check(flags: Flags, targets: Sequence[str]) -> None:
     check_at_least("prompts", flags.prompts, 1)
     check_at_least("max_new_tokens", flags.max_new_tokens, 1)
     check_data(flags.data or ())
-    if not flags.timeout > 0:
-        raise UsageError("--timeout must be above 0 seconds.", what=flags.timeout, field="timeout")
+    if not 0 < flags.timeout <= MOST_SECONDS:
+        text = f"--timeout must be above 0 and at most {MOST_SECONDS:,} seconds."
+        raise UsageError(text, what=flags.timeout, field="timeout")
     if flags.api_key_env is not None and not os.environ.get(flags.api_key_env):
         text = f"the environment variable {flags.api_key_env} of --api-key-env is not set."
         raise UsageError(text, what=flags.api_key_env, field="api_key_env")

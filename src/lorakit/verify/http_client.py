@@ -44,17 +44,17 @@ class JsonClient:
         timeout: Longest time for an answer in seconds.
 
     Raises:
-        UsageError: The URL is not one of HTTP.
+        UsageError: The URL is not one of HTTP, or no header can carry the key.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 60.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            text = f"{url!r} is not a URL; pass one such as http://localhost:8000."
-            raise UsageError(text, what=url, field="against")
+        host = host_of(url)
+        if key is not None and not (key.isascii() and key.isprintable()):
+            text = "the API key has a line end or another character that is not printable ASCII; set it without."
+            raise UsageError(text, field="api_key_env")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._timeout = key, timeout
-        direct = [urllib.request.ProxyHandler({})] if _is_local(parts.hostname) else []
+        direct = [urllib.request.ProxyHandler({})] if _is_local(host) else []
         self._opener = urllib.request.build_opener(_NoRedirect, *direct)
 
     def get(self, path: str, *, is_optional: bool = False) -> JsonObject:
@@ -89,7 +89,7 @@ class JsonClient:
             with error:
                 if is_optional and error.code in _ABSENT:
                     return {}
-                said = printable(error.read(MOST_SHOWN).decode("utf-8", "replace"), one_line=True)
+                said = _said(error)
             self.fail(f"{path} answered with HTTP {error.code}: {said}", error)
         except TimeoutError as error:
             self.fail(f"{path} did not answer within {self._timeout:g} s; pass a longer --timeout.", error)
@@ -102,6 +102,33 @@ class JsonClient:
         if not isinstance(found, dict):
             return {"data": found}
         return found
+
+
+def host_of(url: str) -> str:
+    """Return the host of a server's URL.
+
+    Raises:
+        UsageError: The URL is not one of HTTP, or has more than a host, a port and a path; it may contain a password.
+    """
+    try:
+        parts = urlsplit(url)
+        is_plain = not (parts.query or parts.fragment or parts.username) and url.isprintable() and " " not in url
+        is_plain = is_plain and parts.port != 0 and parts.scheme in ("http", "https")
+        host = parts.hostname if is_plain else None
+    except ValueError:  # a port above 65535, or brackets without an address
+        host = None
+    if not host:
+        text = "--against has a URL that is not http://HOST:PORT or https://HOST:PORT; a key belongs to --api-key-env."
+        raise UsageError(text, field="against")
+    return host
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of an error's message; "" if the server does not send it."""
+    try:
+        return printable(error.read1(MOST_SHOWN).decode("utf-8", "replace"), one_line=True)
+    except (OSError, HTTPException):
+        return "no message"
 
 
 def _read(answer: Any, end: float) -> bytes:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorakit.durable import JsonObject, as_object
-from lorakit.errors import NonFiniteError
-from lorakit.verify.http_client import JsonClient
+from lorakit.errors import NonFiniteError, printable
+from lorakit.verify.http_client import MOST_SHOWN, JsonClient
 from lorakit.verify.prompts import Prompt
 from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
 
@@ -39,11 +39,27 @@ def open_url(url: str, request: RuntimeRequest) -> Iterator[Runtime]:
 
 def listed_models(client: JsonClient) -> list[JsonObject]:
     """Return the models that a server lists; a ModelError if there are none."""
-    listed = client.get("/v1/models").get("data")
-    models = [model for model in map(as_object, listed if isinstance(listed, list) else []) if model.get("id")]
+    models = [one for one in _objects(client.get("/v1/models").get("data")) if one.get("id")]
+    models = [one for one in models if len(str(one["id"])) <= MOST_SHOWN]
     if not models:
         client.fail("/v1/models lists no models.")
     return models
+
+
+def _objects(values: object) -> list[JsonObject]:
+    """Return the objects of a list in an answer, with {} in place of other values; [] if it is not a list."""
+    return [as_object(one) for one in values] if isinstance(values, list) else []
+
+
+def _token_ids(values: object) -> list[int] | None:
+    """Return a list of token ids in an answer; None if it is something else."""
+    is_list = isinstance(values, list) and all(type(one) is int and 0 <= one < 1 << 31 for one in values)
+    return values if isinstance(values, list) and is_list else None
+
+
+def _shown(value: object) -> str:
+    """Return a name or a version that a server gives, or "unknown"."""
+    return str(value or "unknown")[:MOST_SHOWN]
 
 
 CERTAIN = 1e9
@@ -66,7 +82,7 @@ class _Server:
         ]
         if len(found) != 1:
             problem = "has no" if not found else "has several"
-            listed = ", ".join(names[:20]) or "none"
+            listed = printable(", ".join(names[:20]), one_line=True) or "none"
             self._client.fail(f"{problem} model {wanted!r} (available: {listed}); pass --served-model.", what=wanted)
         return found[0]
 
@@ -78,7 +94,7 @@ class _Server:
 
     def _finite(self, values: Sequence[object], model: str) -> list[float]:
         """Return log-probabilities as numbers, which must all be finite."""
-        numbers = [float(one) for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        numbers = [float(one) for one in values if isinstance(one, float) or (type(one) is int and abs(one) < 1 << 53)]
         if len(numbers) < len(values):
             self._client.fail(
                 f"{model!r} answered without log-probabilities of the prompt; verify needs a server that gives them "
@@ -100,16 +116,15 @@ class OpenAiServer(_Server):
         self.others: Sequence[str] = [name for name in names if name != self._model][:MOST_NEIGHBORS]
         self.dtype = request.dtype  # as the user says, since servers do not tell it
         number = client.get("/version", is_optional=True).get("version")
-        owner = str(models[0].get("owned_by") or "unknown")
-        self.versions: Mapping[str, str] = {owner: str(number or "unknown")}
+        owner = _shown(models[0].get("owned_by"))
+        self.versions: Mapping[str, str] = {owner: _shown(number)}
         self.title = f"{self._model} of {owner}"
 
     def encode(self, prompt: Prompt) -> list[int] | None:
         """Return the token ids of a prompt from `/tokenize`, which vLLM has."""
         chat = {"messages": prompt.messages, "add_generation_prompt": True}
         body = {"model": self._model, **({"prompt": prompt.text} if prompt.chat is None else chat)}
-        found = self._client.post("/tokenize", body, is_optional=True).get("tokens")
-        return found if isinstance(found, list) and all(isinstance(one, int) for one in found) else None
+        return _token_ids(self._client.post("/tokenize", body, is_optional=True).get("tokens"))
 
     def log_probabilities(self, ids: Sequence[int], other: str | None = None) -> list[float]:
         """Return the log-probability of each token but the first; one new token is generated and ignored.
@@ -134,14 +149,12 @@ class OpenAiServer(_Server):
             ModelError: The server fails, or another model answers.
         """
         _, choice = self._complete(self._model, ids, count, return_token_ids=True)
-        found = choice.get("token_ids")
-        return found if isinstance(found, list) and all(isinstance(one, int) for one in found) else None
+        return _token_ids(choice.get("token_ids"))
 
     def _complete(self, model: str, ids: Sequence[int], count: int, **more: Any) -> tuple[JsonObject, JsonObject]:
         body = {"model": model, "prompt": [*ids], "max_tokens": count, "temperature": 0, "seed": 0, **more}
         reply = self._checked(self._client.post("/v1/completions", body), model)
-        choices = reply.get("choices")
-        return reply, as_object(choices[0] if isinstance(choices, list) and choices else None)
+        return reply, next(iter(_objects(reply.get("choices"))), {})
 
 
 class LlamaServer(_Server):
@@ -161,10 +174,9 @@ class LlamaServer(_Server):
         self._vocabulary = as_object(models[0].get("meta")).get("n_vocab")
         stored = str(as_object(models[0].get("meta")).get("ftype", "unknown")).removeprefix("(guessed) ")
         self.dtype = "float32" if stored in ("F32", "all F32") else stored
-        loaded = client.get("/lora-adapters").get("data")
         adapters = [
-            (str(one["path"]).replace("\\", "/").rpartition("/")[2].removesuffix(".gguf"), one["id"])
-            for one in map(as_object, loaded if isinstance(loaded, list) else [])
+            (str(one.get("path")).replace("\\", "/").rpartition("/")[2].removesuffix(".gguf"), one.get("id"))
+            for one in _objects(client.get("/lora-adapters").get("data"))
         ]
         names = [name for name, _ in adapters]
         self._model = adapter or self._find(names, request)
@@ -173,7 +185,7 @@ class LlamaServer(_Server):
         }
         self.others: Sequence[str] = [BASE, *(name for name in names if name != self._model)][:MOST_NEIGHBORS]
         build = client.get("/props", is_optional=True).get("build_info")
-        self.versions: Mapping[str, str] = {"llama.cpp": str(build or "unknown")}
+        self.versions: Mapping[str, str] = {"llama.cpp": _shown(build)}
         self.title = f"{self._model} in llama.cpp"
 
     def encode(self, prompt: Prompt) -> list[int] | None:
@@ -186,8 +198,7 @@ class LlamaServer(_Server):
         if prompt.chat is not None:
             text = str(self._client.post("/apply-template", {"messages": prompt.messages}).get("prompt"))
         body = {"content": text, "add_special": True, "parse_special": True}
-        found = self._client.post("/tokenize", body).get("tokens")
-        return found if isinstance(found, list) else None
+        return _token_ids(self._client.post("/tokenize", body).get("tokens"))
 
     def log_probabilities(self, ids: Sequence[int], other: str | None = None) -> list[float]:
         """Return the log-probability of each token but the first.
@@ -216,8 +227,7 @@ class LlamaServer(_Server):
         Raises:
             ModelError: The server fails.
         """
-        tokens = self._complete(ids, count, None).get("tokens")
-        return tokens if isinstance(tokens, list) else None
+        return _token_ids(self._complete(ids, count, None).get("tokens"))
 
     def _is_partial(self, token: int) -> bool:
         """Return whether a token is a part of a character, which the server reports only with the rest of it."""
@@ -228,11 +238,11 @@ class LlamaServer(_Server):
 
     def _all_of(self, ids: Sequence[int], other: str | None) -> Mapping[object, object]:
         """Return the log-probabilities of all tokens that may follow, while an arbitrary one is generated."""
-        tokens = self._client.post("/tokenize", {"content": "a", "add_special": False}).get("tokens")
-        forced = tokens[-1] if isinstance(tokens, list) and tokens else None
+        tokens = _token_ids(self._client.post("/tokenize", {"content": "a", "add_special": False}).get("tokens"))
+        forced = tokens[-1] if tokens else None
         (entry,) = self._entries(ids, [forced], other, {"logit_bias": [[forced, CERTAIN]], "n_probs": self._vocabulary})
-        top = entry.get("top_logprobs")
-        return {one.get("id"): one.get("logprob") for one in map(as_object, top if isinstance(top, list) else [])}
+        top = _objects(entry.get("top_logprobs"))
+        return {one["id"]: one.get("logprob") for one in top if isinstance(one.get("id"), int)}
 
     def _generated(
         self, ids: Sequence[int], forced: Sequence[int], other: str | None, how: Mapping[str, Any]
@@ -244,8 +254,7 @@ class LlamaServer(_Server):
         self, ids: Sequence[int], forced: Sequence[object], other: str | None, how: Mapping[str, Any]
     ) -> list[JsonObject]:
         """Generate tokens that are forced, and return what the server says of each."""
-        found = self._complete(ids, len(forced), other, **how).get("completion_probabilities")
-        entries = [as_object(one) for one in found] if isinstance(found, list) else []
+        entries = _objects(self._complete(ids, len(forced), other, **how).get("completion_probabilities"))
         if [one.get("id") for one in entries] != [*forced]:
             self._client.fail("did not generate the tokens of its grammar; use a newer llama.cpp (tokens in grammars).")
         return entries

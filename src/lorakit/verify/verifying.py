@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from lorakit.choices import GgufType
 from lorakit.errors import ConfigError, NonFiniteError
@@ -17,6 +16,7 @@ from lorakit.generate import context_tokens
 from lorakit.session import Session, SessionOptions, SessionSpec, session_spec
 from lorakit.session.prompts import end_ids, prompt_format
 from lorakit.session.spec import read_adapter
+from lorakit.verify.http_client import host_of
 from lorakit.verify.llama_cpp import open_gguf, open_merged_gguf
 from lorakit.verify.loaded import ADAPTER, SessionRuntime, chosen, open_merged, open_reloaded, package_versions
 from lorakit.verify.mlx import open_mlx
@@ -107,10 +107,13 @@ def entry_of(target: str) -> RuntimeEntry:
 
     Raises:
         ConfigError: There is no such runtime.
+        UsageError: The URL is not that of a server.
     """
-    name = target if target in RUNTIMES else urlsplit(target).scheme
-    if name not in RUNTIMES or (name == target and name.startswith("http")):
+    name, is_url, _ = target.partition("://")
+    if name not in RUNTIMES or bool(is_url) != name.startswith("http"):
         raise ConfigError.of("against", target, allowed=[*list(RUNTIMES)[:-2], "URL"])
+    if is_url:
+        host_of(target)
     return RUNTIMES[name]
 
 
