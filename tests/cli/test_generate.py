@@ -96,6 +96,18 @@ def test_penalties_reach_the_sampler(tiny_model_directory: Path, capsys: pytest.
     assert "min_p is 2.0; it must be from 0 to 1." in refusal(capsys, 2, *common, "--min-p", 2)
 
 
+def test_stop_ends_an_answer(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = by_hand(tiny_model_directory, "hello", tokens=12)
+    stop = whole[6:8]
+    words = ["--model", tiny_model_directory, "--prompt", "hello", "--max-new-tokens", 12, "--stop", "absent", stop]
+    (answer,) = asked(capsys, *words)["results"][0]["answers"]
+    assert (answer["text"], answer["ended"]) == (whole[: whole.index(stop)], "stop") and answer["tokens"] < 12
+    assert main(["generate", *map(str, words), "--verbose"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.rstrip("\n") == answer["text"].rstrip("\n") and "; ended by --stop]" in captured.err
+    assert "--stop needs a text" in refusal(capsys, 2, *words, "--stop", "")
+
+
 def test_several_answers_stand_one_below_the_other_in_a_pipe(
     tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
 ) -> None:

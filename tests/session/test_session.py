@@ -206,6 +206,25 @@ def test_sampling_repeats_with_its_seed(session: Session) -> None:
     assert first == again != other
 
 
+def test_a_stop_string_ends_one_answer_of_a_batch(session: Session) -> None:
+    names = ["one", "two", None]
+    whole = session.generate_batch([PROMPT] * 3, names, max_new_tokens=12)
+    stop = next(
+        text
+        for text in (whole[0].text[at : at + 3] for at in range(2, 20))
+        if all(text not in w.text for w in whole[1:])
+    )
+    found = session.generate_batch([PROMPT] * 3, names, max_new_tokens=12, stop=[stop])
+    assert [answer.ended for answer in found] == ["stop", "length", "length"]
+    assert found[0].text == whole[0].text[: whole[0].text.index(stop)]
+    assert [answer.text for answer in found[1:]] == [answer.text for answer in whole[1:]]
+    chat = session.chat([{"role": "user", "content": PROMPT}], adapter=None, max_new_tokens=12)
+    stopped = session.chat(
+        [{"role": "user", "content": PROMPT}], adapter=None, max_new_tokens=12, stop=[chat.text[3:5]]
+    )
+    assert stopped.text == chat.text[: chat.text.index(chat.text[3:5])] and stopped.tokens < chat.tokens == 12
+
+
 def test_acceleration_can_be_turned_off(
     tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ class Flags:
     ] = None
     system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
     max_new_tokens: Annotated[int, Parameter(help="Maximum length of an answer in tokens.")] = 256
+    stop: Annotated[list[str] | None, Parameter(help="Texts that end an answer, which does not include them.")] = None
     temperature: Annotated[
         float, Parameter(help="Sampling temperature; 0 selects the most likely token, so answers are reproducible.")
     ] = 0.0
@@ -137,7 +138,7 @@ def run(
     from lorakit import hub
     from lorakit.generate import Sampling
     from lorakit.session import Answer, Session, SessionOptions, session_spec
-    from lorakit.session.prompts import encode_prompts, end_ids, prompt_format
+    from lorakit.session.prompts import encode_prompts, end_ids, prompt_format, until_ended
     from lorakit.tasks import CAUSAL_LM
 
     sampling = Sampling(**_sampling(flags))
@@ -165,11 +166,11 @@ def run(
     rows = [name if name in session.adapters else None for name in names]  # none is left after a merge
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        answers = [Answer(labels[name], spec.tokenizer, ids) for name in names]
+        answers = [Answer(labels[name], spec.tokenizer, ids, flags.stop or ()) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {first_line(summary(prompt))}\n")
         with working("generating"):
-            show(answers, stream([ids] * len(rows), rows), quiet=json, verbose=verbose)
+            show(answers, until_ended(answers, stream([ids] * len(rows), rows)), quiet=json, verbose=verbose)
         results.append({"prompt": summary(prompt), "answers": [answer.as_dict() for answer in answers]})
     if json:
         dtype = str(session.model.dtype).removeprefix("torch.")
@@ -209,6 +210,8 @@ def _check(flags: Flags) -> str | None:
     """Check the flags, and return the name of the base, with its revision, or None if the adapters name it."""
     early.check_sampling(**_sampling(flags))
     early.check_at_least("max_new_tokens", flags.max_new_tokens, 1)
+    if not all(flags.stop or ()):
+        raise UsageError("--stop needs a text that is not empty.", field="stop")
     early.check_choice("dtype", flags.dtype, DTYPES)
     early.check_device(flags.device)
     base = early.check_base(flags.model, flags.revision, flags.adapter)

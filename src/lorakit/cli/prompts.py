@@ -148,6 +148,7 @@ def _read(path: Path, where: str) -> str:
 MIN_COLUMN = 36  # characters; narrower columns are hard to read
 _ENDINGS = {
     "eos": "end of text",
+    "stop": "ended by --stop",
     "length": "stopped at --max-new-tokens",
     "context": "stopped at the model's context length",
     None: "interrupted",
@@ -256,7 +257,7 @@ def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken]) -> None
 
 def _sum_up(answers: Sequence[Answer], verbose: bool) -> None:
     for answer in answers:
-        if answer.ended == "eos" and not verbose:
+        if answer.ended in ("eos", "stop") and not verbose:
             continue
         who = f"{answer.name}: " if len(answers) > 1 else ""
         counts = f"{format_count(answer.tokens, 'token')}, " if verbose else ""

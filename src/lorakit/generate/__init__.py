@@ -1,4 +1,4 @@
-"""Generation: sampling, an engine that works on token ids, and streaming detokenization.
+"""Generation: sampling, an engine that works on token ids, streaming detokenization, and stop strings.
 
 The engine does not handle text, and the detokenizer does not depend on the model. This package does not import
 transformers; it calls a model through the interface of transformers' causal language models and uses the model's
@@ -9,6 +9,7 @@ from lorakit.generate.detokenizing import TextStream, Tokenizer
 from lorakit.generate.engine import Ending, NewToken, context_tokens, embedding_weight, generate, generate_batch
 from lorakit.generate.prefixes import Prefix, read_prefix
 from lorakit.generate.sampling import Sampler, Sampling, TokenLogprobs, logprobs
+from lorakit.generate.stop_strings import StopStrings
 
 __all__ = [
     "Ending",
@@ -16,6 +17,7 @@ __all__ = [
     "Prefix",
     "Sampler",
     "Sampling",
+    "StopStrings",
     "TextStream",
     "TokenLogprobs",
     "Tokenizer",

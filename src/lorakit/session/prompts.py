@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorakit.data.shapes import recognize
 from lorakit.data.tokens import beginning, token_ids
 from lorakit.durable import JsonObject, JsonValue, as_object
 from lorakit.errors import DataError, UsageError
-from lorakit.generate import NewToken, TextStream
+from lorakit.generate import NewToken, StopStrings, TextStream
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,11 @@ class Answer:
     Attributes:
         text: The text so far.
         tokens: Number of tokens so far, with the one that ends the answer.
-        ended: Why the answer ended, or None; see `lorakit.generate.Ending`.
+        ended: Why the answer ended: "stop" (at a stop string) or a `lorakit.generate.Ending`; None before.
         seconds: Time from the creation of this object to the last token.
     """
 
-    def __init__(self, name: str, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, name: str, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.name = name
         self.text = ""
         self.tokens = 0
@@ -164,15 +164,18 @@ class Answer:
         self.seconds = 0.0
         self._started = time.perf_counter()
         self._stream = TextStream(tokenizer, prompt_ids)
+        self._stops = StopStrings(stop)
 
     def add(self, new: NewToken) -> str:
-        """Add a token, and return the text that it adds."""
+        """Add a token to an answer that has not ended, and return the text that it adds."""
         self.tokens += 1
         self.seconds = time.perf_counter() - self._started
         self.ended = new.ended
-        piece = self._stream.push(new.token)
+        piece = self._stops.push(self._stream.push(new.token))
         if new.ended is not None:
-            piece += self._stream.finish()
+            piece += self._stops.push(self._stream.finish()) + self._stops.finish()
+        if self._stops.found is not None:
+            self.ended = "stop"
         self.text += piece
         return piece
 
@@ -185,3 +188,15 @@ class Answer:
             "ended": self.ended,
             "seconds": self.seconds,
         }
+
+
+def until_ended(answers: Sequence[Answer], stream: Iterable[NewToken]) -> Iterator[NewToken]:
+    """Yield the tokens of answers that have not ended, one row per answer, until all have ended, also at stop strings.
+
+    The caller adds each token to its answer before it takes the next one.
+    """
+    for new in stream:
+        if answers[new.row].ended is None:
+            yield new
+        if all(answer.ended is not None for answer in answers):
+            return

@@ -31,7 +31,7 @@ from lorakit.session.measuring import (
     oom_advice_for_evaluation,
     oom_as_run_error,
 )
-from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format
+from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format, until_ended
 from lorakit.session.spec import SessionOptions, SessionSpec, read_adapter, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.speed import Acceleration, accelerate
@@ -290,6 +290,7 @@ class Session:
         chat: bool | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so it can be shared
+        stop: Sequence[str] = (),
     ) -> Answer:
         """Continue a text, or answer a prompt in the format of the adapter's training data.
 
@@ -301,6 +302,7 @@ class Session:
                 if there is one.
             max_new_tokens: Maximum length of the answer in tokens.
             sampling: How tokens are chosen; greedy by default.
+            stop: Texts that end the answer, which does not include them.
 
         Raises:
             UsageError: The adapter is unknown or was not trained to continue text, or the prompt cannot be formatted.
@@ -308,7 +310,7 @@ class Session:
         """
         name = self._chosen(adapter)
         (answer,) = self.generate_batch(
-            [prompt], [name], system=system, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling
+            [prompt], [name], system=system, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
         return answer
 
@@ -321,6 +323,7 @@ class Session:
         chat: bool | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so it can be shared
+        stop: Sequence[str] = (),
     ) -> list[Answer]:
         """Answer several prompts together, each with its own adapter.
 
@@ -331,6 +334,7 @@ class Session:
             chat: See `generate`.
             max_new_tokens: Maximum length of each answer in tokens.
             sampling: How tokens are chosen.
+            stop: See `generate`.
 
         Returns:
             The answers, in the order of the prompts.
@@ -355,9 +359,10 @@ class Session:
         if any(ending != endings[0] for ending in endings):
             text = "the answers of these adapters end with different tokens; generate them in separate calls."
             raise UsageError(text, field="adapters")
-        answers = [Answer(*part) for part in parts]
+        answers = [Answer(*part, stop) for part in parts]
         ends = endings[0] if endings else ()
-        for token in self.stream(encoded, adapters, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=ends):
+        stream = self.stream(encoded, adapters, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=ends)
+        for token in until_ended(answers, stream):
             answers[token.row].add(token)
         return answers
 
@@ -369,6 +374,7 @@ class Session:
         adapter: AdapterChoice = ...,
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen, so it can be shared
+        stop: Sequence[str] = (),
     ) -> Answer:
         """Write the next message of a conversation with the chat template.
 
@@ -378,13 +384,14 @@ class Session:
             adapter: Name of the adapter, None for the base, or ... for the only adapter.
             max_new_tokens: Maximum length of the answer in tokens.
             sampling: How tokens are chosen; greedy by default.
+            stop: Texts that end the answer, which does not include them.
 
         Raises:
             DataError: The messages are invalid.
             LorakitError: See `generate`.
         """
         whole = conversation({"messages": [*messages], "tools": [*tools]}, "messages")
-        return self.generate(whole, adapter=adapter, max_new_tokens=max_new_tokens, sampling=sampling)
+        return self.generate(whole, adapter=adapter, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
 
     def _tokenizer_of(self, name: str | None) -> SavedTokenizer:
         """Return the tokenizer that an adapter was saved with, else that of the session."""
