@@ -5,6 +5,7 @@ CC may contain options, so the library is built as always; nothing in the packag
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
@@ -40,6 +41,7 @@ PROPERTIES = [
             "attention_compiled",
             "cross_entropy",
             "dropout",
+            "few_rows",
             "int8",
             "int8_matmuls",
             "linear_low_rank",
@@ -85,8 +87,13 @@ static void *no_memory(size_t bytes) {
 @pytest.mark.costly
 @needs_gcc
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
-@pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])
-@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "add_per_row", "int8_few_rows"])
+@pytest.mark.parametrize(
+    ("name", "at_first"),
+    [
+        *itertools.product(("softmax", "cross_entropy", "add_per_row", "int8_few_rows"), (0, 1)),
+        ("linear_few_rows", 0),  # all threads share its scratch
+    ],
+)
 def test_no_memory_for_scratch_is_a_memory_error(
     tmp_path: Path, cc: Any, name: str, dtype: torch.dtype, at_first: int
 ) -> None:
@@ -103,6 +110,7 @@ def test_no_memory_for_scratch_is_a_memory_error(
         ),
         "add_per_row": lambda: kernels.own.add_per_row(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
         "int8_few_rows": lambda: kernels.int8_few_rows(x[0], *int8_parts(256, dtype), None),
+        "linear_few_rows": lambda: kernels.linear_few_rows(x[0], x[0], None),
     }
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -183,6 +191,37 @@ def test_few_rows_without_int8_dot_products(cc: Any, dtype: torch.dtype) -> None
         found.append((kernels.few_rows > 0, kernels.int8_few_rows(x, *parts, None)))
     assert [fast for fast, _ in found] == [True, False]
     assert torch.equal(found[0][1], found[1][1])
+
+
+WITHOUT_BF16 = ("-mno-avx512bf16", *NO_TILES)
+
+
+@pytest.mark.costly
+@needs_gcc
+@pytest.mark.skipif("avx512_bf16" not in this_machine().features, reason="not a processor with all instructions")
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options", [NO_TILES, WITHOUT_BF16, ("-mno-avx512f",), ("-mno-avx512f", "-mno-fma")], ids=" ".join
+)
+def test_rows_of_linear_layers_are_independent_on_other_processors(
+    cc: Any, options: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    cc(*options)
+    library = building.built(DTYPES[dtype]).functions
+    assert library is not None
+    kernels, g = CompiledKernels({dtype: library}), torch.Generator().manual_seed(0)
+    is_fast = dtype == torch.bfloat16 or "-mno-avx512f" not in options
+    assert kernels.linear_rows == {dtype: 32 if is_fast else 0}
+    for out, width in ((37, 577), (5, 3), (16, 64)):
+        x, W, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((21, width), (out, width), (out,)))
+        y = kernels.linear_few_rows(x, W, bias)
+        wide = x.double(), W.double(), bias.double()
+        exact, terms = (a @ b.t() + c for a, b, c in (wide, [each.abs() for each in wide]))
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + (width + 1) * 2.0**-24 * terms
+        assert bool(((y.double() - exact).abs() <= bound).all())
+        for rows in range(1, 21):
+            assert torch.equal(kernels.linear_few_rows(x[:rows], W, bias), y[:rows])
+            assert torch.equal(kernels.linear_few_rows(x[rows:], W, bias), y[rows:])
 
 
 HAS_INT8_MATMULS = {"avx512_vnni", "avx512_bf16"} <= set(this_machine().features)

@@ -137,6 +137,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "columns": of_ones(6, 3),
         "bias": of_ones(6),
     },
+    "linear_few_rows": lambda: {"x": of_ones(3, 8), "W": of_ones(6, 8), "bias": of_ones(6)},
 }
 """Return a valid call of each kernel."""
 
@@ -157,6 +158,7 @@ FREE = {  # these determine the expected shapes of the others
     ("int8_quantize", "x"): {"narrower"},
     ("int8_input_gradient", "dx"): {"narrower"},
     ("int8_few_rows", "x"): {"shorter", "longer", "another number of axes"},
+    ("linear_few_rows", "x"): {"shorter", "longer", "another number of axes"},
 }
 ARGUMENTS = [
     (name, key)

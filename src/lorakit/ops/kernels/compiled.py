@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -58,10 +59,11 @@ class CompiledKernels:
     Attributes:
         activations: The activations that `gate` supports.
         caps_logits: Whether `cross_entropy` supports a cap.
-        dropping, own, int8, attention, low_rank, int8_matmuls: The kernels for matmuls with dropout, for one adapter
-            per row, for the steps around int8 matmuls, and as their classes say; None if there are none or they are
-            not faster.
+        dropping, own, int8, linear, attention, low_rank, int8_matmuls: The kernels for matmuls with dropout, for one
+            adapter per row, for the steps around int8 matmuls, for linear layers, and as their classes say; None if
+            there are none or they are not faster.
         few_rows: Largest number of rows for which `int8_few_rows` is faster than the other steps, or 0.
+        linear_rows: Dtype -> largest number of rows for which `linear_few_rows` is not slower than PyTorch, or 0.
     """
 
     activations = frozenset(ACTIVATIONS)
@@ -69,12 +71,13 @@ class CompiledKernels:
     dropping = None
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
-        self.own = self.int8 = self
+        self.own = self.int8 = self.linear = self
         gateway = Gateway(libraries)
         self.attention = CompiledAttention(gateway) if gateway.dots else None
         self.low_rank = CompiledLowRankGradients(gateway) if gateway.dots else None
         self.int8_matmuls = int8_matmuls(gateway)
         self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
+        self.linear_rows: Mapping[torch.dtype, int] = gateway.linear_rows
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
 
     def rms_forward(self, x: Tensor, w: Tensor, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
@@ -326,6 +329,25 @@ class CompiledKernels:
         y = x.new_empty((*shape[:-1], out))
         output = self._pointer("y", y, dtype, y.shape)
         self._call("int8_few_rows", dtype, out * d, *inputs, rows, d, k, out, output)
+        return y
+
+    def linear_few_rows(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x·Wᵀ + bias (…, out), rounded once, for x (…, in), W (out, in), rows at a distance, and bias (out,).
+
+        The bits of a row of the result depend on this row of x alone, for any number of rows, order and threads.
+        Kernels for bf16 may treat denormal numbers as zero.
+        """
+        dtype, shape, (out, d) = x.dtype, x.shape, W.shape
+        rows, apart = x.numel() // max(d, 1), W.stride(0)
+        inputs = (
+            self._pointer("x", x, dtype, (*shape[:-1], d)),
+            self._pointer("W", W, dtype, (out, d), (apart, 1)),
+            self._optional("bias", bias, dtype, (out,)),
+        )
+        y = x.new_empty((*shape[:-1], out))
+        self._call(
+            "linear_few_rows", dtype, out * d, *inputs, apart, rows, d, out, self._pointer("y", y, dtype, y.shape)
+        )
         return y
 
 

@@ -41,6 +41,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "int8_add": (_P, _P, _P, _P, _N, _N, _P),
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
     "int8_few_rows": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _P),
+    "linear_few_rows": (_P, _P, _P, _N, _N, _N, _N, _P),
 }
 
 _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch rows, heads and tokens
@@ -65,6 +66,7 @@ class Gateway:
         int8_matmuls: Dtypes with the functions in INT8_MATMUL_SIGNATURES: it has dot products of int8 and of the dtype.
         tiles: Dtypes whose functions can use matrix tiles (AMX), which the system permits.
         has_int8_dots: Whether the processor has dot products of int8 values.
+        linear_rows: Dtype -> largest number of rows for which `linear_few_rows` is not slower than PyTorch, or 0.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -77,6 +79,8 @@ class Gateway:
         self.tiles = self._add("has_tiles", {}, libraries)
         library = next(iter(libraries.values()))
         self.has_int8_dots = bool(_typed(library, "has_int8_dots", ())())
+        # after has_tiles, which asks the system for the tiles
+        self.linear_rows = {dtype: _typed(each, "most_linear_rows", ())() for dtype, each in libraries.items()}
         self._all_within = {dtype: _typed(library, name, (_P, _N, _N, _N)) for dtype, name in _ALL_WITHIN.items()}
 
     def _add(

@@ -281,3 +281,5 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 #include "int8_matmul.h"
 
 #include "low_rank.h"
+
+#include "linear_few.h"
