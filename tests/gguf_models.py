@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
@@ -58,6 +60,22 @@ def write_smollm2(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def ggml_quantized(values: NDArray[np.float32], kind: gguf.GGMLQuantizationType) -> NDArray[np.uint8]:
+    """Return a matrix as llama.cpp quantizes it; the package gguf does not write K-quants."""
+    import ctypes
+
+    import xllamacpp.xllamacpp as library
+
+    (rows, columns), (size, width) = values.shape, gguf.GGML_QUANT_SIZES[kind]
+    quantized = np.zeros((rows, columns // size * width), np.uint8)
+    quantize = ctypes.CDLL(library.__file__).ggml_quantize_chunk
+    quantize.restype, count, address = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
+    quantize.argtypes = [ctypes.c_int, address, address, count, count, count, address]
+    given = np.ascontiguousarray(values, np.float32)
+    assert quantize(kind, given.ctypes.data, quantized.ctypes.data, 0, rows, columns, None) == quantized.size
+    return quantized
 
 
 def _as_stored(tensor: Tensor, stored: str, name: str, config: Any) -> Tensor:

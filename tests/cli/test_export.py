@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tests.small_gguf import own_gguf_cache, write_gguf  # noqa: F401 - a fixture
 
 from lorakit import core, hub
@@ -128,6 +129,22 @@ def test_a_wrong_merge_is_not_written(
     monkeypatch.setattr(gguf_base.GgufBase, "check", lambda base, request: True)
     assert main([*words, "--model", str(tmp_path / "tiny-llama"), "--output-dir", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_with_other_values_needs_a_flag(
+    base_gguf: Path, save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tmp_path / "tiny-llama", save_adapter("notes")
+    model = hub.load_model(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other = write_gguf(tmp_path / "other.gguf", model, hub.load_tokenizer(base), "F32")
+    words = ["export", "gguf", str(adapter), "--merged", "--base-gguf", str(other), "--model", str(base)]
+    words += ["--output-dir", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "or pass --allow-base-mismatch." in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*words, "--allow-base-mismatch"]) == 0
+    assert "values of 1 weights differ" in capsys.readouterr().err
 
 
 def test_only_gguf_is_merged(save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

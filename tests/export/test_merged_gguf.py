@@ -17,7 +17,7 @@ from tests.conftest import CHAT_TEMPLATE
 from tests.export.bases import FAMILIES, ROPE, random
 from tests.export.specimens import with_random_adapter
 from tests.export.test_gguf import IDS, patterns
-from tests.gguf_models import write_base
+from tests.gguf_models import ggml_quantized, write_base
 from tests.small_gguf import own_gguf_cache  # noqa: F401 - a fixture
 
 from lorakit import core, hub
@@ -167,22 +167,62 @@ def test_a_quantized_base(tmp_path: Path, form: str) -> None:
     assert np.array_equal(q.data, gguf.quants.quantize(old + update, gguf.GGMLQuantizationType.Q8_0))
 
 
-def requantized(source: Path, target: Path, form: str, name: str = "") -> Path:
-    """Write a GGUF file again with matrices of whole blocks in a type; `name` selects some."""
+def requantized(source: Path, target: Path, form: str, quantize: Any = gguf.quants.quantize) -> Path:
+    """Write a GGUF file again with matrices of whole blocks in a type."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama")
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
             writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:])
     for tensor in reader.tensors:
-        is_whole = tensor.data.ndim > 1 and tensor.data.shape[-1] % 32 == 0 and name in tensor.name
+        is_whole = tensor.data.ndim > 1 and tensor.data.shape[-1] % 32 == 0
         kind = gguf.GGMLQuantizationType[form if is_whole else "F32"]
-        writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, kind), raw_dtype=kind)
+        writer.add_tensor(tensor.name, quantize(tensor.data, kind) if is_whole else tensor.data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+CHANGES = {
+    **dict.fromkeys(("F32", "F16", "BF16"), 0.002),
+    **dict.fromkeys(("Q8_0", "Q6_K", "Q5_K", "Q5_1"), 0.01),
+    **dict.fromkeys(("Q4_K", "Q4_0", "IQ4_XS"), 0.02),
+    "Q3_K": 0.03,
+}
+"""Storage format -> change of all weights, relative to theirs, that another fine-tuned version of the base may have."""
+
+
+def fine_tuned(model: Any, change: float) -> Any:
+    """Return a model whose matrices differ by random values, relative to their root mean square."""
+    tuned, generator = copy.deepcopy(model), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += change * parameter.square().mean().sqrt() * noise
+    return tuned
+
+
+@pytest.mark.parametrize("form", CHANGES)
+def test_a_base_is_not_another_fine_tuned_version_of_it(tmp_path: Path, form: str) -> None:
+    pytest.importorskip("xllamacpp")
+    model = random("llama", 0.1, hidden_size=256, intermediate_size=256).bfloat16().float()
+    request = files(model, tmp_path, target_modules=["q_proj"])
+    right = requantized(tmp_path / "base.gguf", tmp_path / "right.gguf", form, stored_by_ggml)
+    assert merged(replace(request, base_gguf=right), tmp_path / "out")[0].notes == ()
+    other = write_base(fine_tuned(model, CHANGES[form]), tmp_path / "other.gguf")
+    wrong = replace(request, base_gguf=requantized(other, tmp_path / "wrong.gguf", form, stored_by_ggml))
+    with pytest.raises(ModelError) as caught:
+        merged(wrong, tmp_path / "wrong")
+    assert caught.value.field == "base_gguf" and not (tmp_path / "wrong").exists()
+    (note,) = merged(replace(wrong, allow_mismatch=True), tmp_path / "allowed")[0].notes
+    assert str(wrong.base_gguf) in note
+
+
+def stored_by_ggml(values: Any, kind: gguf.GGMLQuantizationType) -> Any:
+    return gguf.quants.quantize(values, kind) if kind.name in ("F32", "F16", "BF16") else ggml_quantized(values, kind)
 
 
 def test_the_same_bytes_again(tmp_path: Path) -> None:

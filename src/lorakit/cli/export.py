@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from lorakit.choices import ExportFormatName, GgufType
 from lorakit.cli import console
-from lorakit.cli.adapters import NAME
+from lorakit.cli.adapters import NAME, naming_flags
 from lorakit.cli.early import adapter_folders, check_model, check_new_directory
 from lorakit.durable import JsonObject
 from lorakit.errors import AdapterError, UsageError
@@ -51,6 +51,9 @@ class Flags:
     ] = False
     untested_architecture: Annotated[
         bool, Parameter(negative=(), help="Accept an architecture that was not tested in the runtime.")
+    ] = False
+    allow_base_mismatch: Annotated[
+        bool, Parameter(negative=(), help="Accept a --base-gguf whose values are not those of the adapter's base.")
     ] = False
 
 
@@ -96,12 +99,14 @@ def run(
         base=base,
         served_base=flags.served_base,
         allow_untested=flags.untested_architecture,
+        allow_mismatch=flags.allow_base_mismatch,
         base_gguf=flags.base_gguf,
         outtype=flags.outtype,
         verified=_verified(given, folder, entry.verified_as, flags) if flags.verify else {},
         card=_card,
     )
-    exported, target = export(name, request, flags.output_dir)
+    with naming_flags(Flags):
+        exported, target = export(name, request, flags.output_dir)
     commands = entry.commands(exported.name, exported.base, common.rank)
     if json:
         said = {"name": exported.name, "path": str(target), "commands": dict(commands)}
@@ -127,7 +132,8 @@ def _verified(given: str, folder: str, runtime: str, flags: Flags) -> JsonObject
     from lorakit.verify import VerifyOptions, verify
 
     with working("verifying"):
-        options = VerifyOptions(model=flags.model, base_gguf=flags.base_gguf, outtype=flags.outtype)
+        session = replace(VerifyOptions.session, allow=["base_mismatch"] * flags.allow_base_mismatch)
+        options = VerifyOptions(flags.model, session=session, base_gguf=flags.base_gguf, outtype=flags.outtype)
         report = verify(folder, [runtime], options, console.quiet)
     (compared,) = report.comparisons
     if not report.is_good:

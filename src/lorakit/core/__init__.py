@@ -38,6 +38,7 @@ from lorakit.core.model.activation import (
     use,
     waits_for_tokens,
 )
+from lorakit.core.model.base_samples import APART, Sample, agreement
 from lorakit.core.model.base_view import dequantize
 from lorakit.core.model.fingerprint import (
     Fingerprint,
@@ -63,6 +64,7 @@ from lorakit.core.statistics.moments import Statistics, load_statistics
 from lorakit.core.variants import check_invocation, invocations_of, moving_variant, variants_of
 
 __all__ = [
+    "APART",
     "COMBINATION_TYPES",
     "AdapterFiles",
     "AdapterSummary",
@@ -84,6 +86,7 @@ __all__ = [
     "OperationReport",
     "PackedLinear",
     "RankLimit",
+    "Sample",
     "SavedAdapter",
     "Site",
     "SiteIntruders",
@@ -93,6 +96,7 @@ __all__ = [
     "WeightSpec",
     "activate",
     "adapters",
+    "agreement",
     "attach",
     "average",
     "base_losses",

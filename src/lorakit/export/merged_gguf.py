@@ -67,14 +67,13 @@ def write_merged_gguf(request: ExportRequest, folder: Path) -> Exported:
     layout = layout_of(request)
     base = GgufBase(base_gguf(request.known_base, request.base_gguf), layout)
     names = adapted_names(request, layout, allow_tied=True)
-    is_compared = base.check(request)
+    doubt = base.check(request)
     file, template = folder / "model.gguf", chat_template(request.adapter.folder)
     _write(request, base, _weights(request, base, {f"{n}.weight": path for path, n in names.items()}), file, template)
     named = versioned(request.name, folder)
     file.rename(folder / f"{named}.gguf")
     write_text(folder / "Modelfile", modelfile(f"{named}.gguf", base, template))
-    text = f"{base.path}: only names and shapes were compared with the base's; compare answers with --verify."
-    return Exported(named, request.known_base.recorded_name, () if is_compared else (text,))
+    return Exported(named, request.known_base.recorded_name, (doubt,) if doubt else ())
 
 
 def merged_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:

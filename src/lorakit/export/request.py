@@ -29,6 +29,7 @@ class ExportRequest:
         base: The base, if it is known; formats that need its config reject a request without one.
         served_base: The base as the runtime is started with it: vLLM compares the string.
         allow_untested: Whether architectures that were not tested in the runtime are accepted.
+        allow_mismatch: Whether `base_gguf` may have other values than the base that the adapter was trained on.
         base_gguf: The base as a GGUF file, into which the adapter is merged; None for a base that is one.
         outtype: How the merged weights are stored.
         verified: What `lorakit verify` reported, for `lorakit.json`; empty if it was not run.
@@ -40,6 +41,7 @@ class ExportRequest:
     base: ModelSource | None = None
     served_base: str | None = None
     allow_untested: bool = False
+    allow_mismatch: bool = False
     base_gguf: Path | None = None
     outtype: GgufType = "F16"
     verified: JsonObject = field(default_factory=dict)

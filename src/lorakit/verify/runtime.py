@@ -79,6 +79,7 @@ class RuntimeRequest:
             name_of(self.folder),
             self.spec.source,
             allow_untested=True,
+            allow_mismatch="base_mismatch" in self.spec.options.allow,
             base_gguf=self.base_gguf,
             outtype=self.outtype,
         )

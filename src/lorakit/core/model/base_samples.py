@@ -183,6 +183,12 @@ class Sample:
     bits: bytes
     bound: bytes = b""
 
+    @classmethod
+    def of(cls, values: Tensor) -> Sample:
+        """Return the sample of floating-point values (n,)."""
+        data = values.contiguous().view(torch.uint8).numpy().tobytes()
+        return cls(str(values.dtype).removeprefix("torch."), data)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of `bits`."""
