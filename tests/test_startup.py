@@ -39,7 +39,11 @@ def test_a_light_public_name_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"], ["train", "--help-all"], *([command, "--help"] for command in COMMANDS)]
+    "words",
+    [
+        *([], ["--help"], ["--version"], ["train", "--help-all"], ["adapters", "add", "--help"]),
+        *([command, "--help"] for command in COMMANDS),
+    ],
 )
 def test_help_loads_no_torch(words: list[str]) -> None:
     found = loaded_by(f"from lorakit.cli import main; assert main({words}) == 0")

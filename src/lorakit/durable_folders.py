@@ -1,7 +1,8 @@
 """Directories that are published or replaced as a whole, or updated file by file; a crash leaves none half-done.
 
 To replace several files together, a complete new directory is built next to the old one, and the two are exchanged.
-Files that are replaced one by one follow an order that lets readers detect an incomplete update.
+Files that are replaced one by one follow an order that lets readers detect an incomplete update. Directories are locked
+themselves, so that no lock file is left behind.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTA
 
 _SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
 """Pattern for the names of directories that were set aside to make room for others; its group matches the old name."""
+
+_LOCKS = Path("/proc/locks")
 
 MOST_ENTRIES = 10_000
 """Maximum number of entries, counted recursively, in a directory that is exchanged as a whole; see `replace_files`."""
@@ -69,6 +72,13 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
         raise not_written(final, cause) from cause
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files, or the targets of links, to a directory under their names, which may have parent directories."""
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | None]) -> bool:
@@ -161,6 +171,42 @@ def sweep(folder: str | os.PathLike[str], name: str = "") -> list[str]:
             shutil.rmtree(path, ignore_errors=True)
         removed.append(path.name)
     return removed
+
+
+def try_lock(folder: Path, *, shared: bool = False) -> int | None:
+    """Lock a directory (flock) until the returned descriptor is closed, also by the end of the process.
+
+    A shared lock excludes exclusive locks only. The descriptor is -1 if the system or file system does not support
+    locks, and None if another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return -1
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as cause:
+        os.close(descriptor)
+        return None if cause.errno in (errno.EWOULDBLOCK, errno.EACCES) else -1
+    return descriptor
+
+
+def lock_owner(folder: Path) -> int | None:
+    """Return the id of the process that holds a directory's lock, or None if it is unknown.
+
+    Linux lists locks in `/proc/locks`, with the columns number, type, kind, mode, pid, inode, start and end.
+    """
+    try:
+        inode, rows = folder.stat().st_ino, _LOCKS.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    owners = {
+        int(words[4])
+        for words in map(str.split, rows)
+        if len(words) == 8 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode)
+    }
+    return owners.pop() if len(owners) == 1 and min(owners) > 0 else None
 
 
 def _can_be_exchanged(final: Path) -> bool:

@@ -136,6 +136,16 @@ def _contained(folder: Path) -> str:
     return f" It contains adapters; pass {', '.join(names)}{more}." if names else ""
 
 
+def adapter_contents(folder: Path, *more: str) -> dict[str, Path]:
+    """Return the files that an adapter consists of, by name in its directory; `more` has patterns of others.
+
+    These are the config, the weights, lorakit's files, and the tokenizer with its chat templates.
+    """
+    patterns = (*ADAPTER_FILES, *TOKENIZER_FILES, CHAT_TEMPLATES, *more)
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
 def adapter_from_hub(
     repository: str,
     options: HubOptions = NO_OPTIONS,

@@ -17,6 +17,7 @@ from lorakit.config.variants import VARIANT_COSTS, VariantCosts
 from lorakit.core.files import adapter_folder
 from lorakit.core.variants import OwnTensor, own_tensors
 from lorakit.hub.packaged import MANIFEST
+from lorakit.registry import NameEntry
 from lorakit.tensor_headers import ENDINGS
 from lorakit.train.files import checkpoint
 from lorakit.train.files import checkpoint as state
@@ -51,6 +52,12 @@ def test_rows_state_and_environment() -> None:
     assert listed("train")[0] == listed("eval")[0] == "step"  # tests/cli/test_train.py compares the rows of a run
     assert listed("state") == [field.name for field in dataclasses.fields(TrainState)]
     assert listed("environment") == list(state.environment(torch.device("cpu"), "float32"))
+
+
+def test_fields_of_a_name_in_a_registry() -> None:
+    values = NameEntry.first("legal", "a" * 64).as_json()
+    assert sorted(listed("name")) == sorted(values)
+    assert all(f"`{key}`" in PAGE for key in values["history"][0])
 
 
 def test_names_and_caps() -> None:

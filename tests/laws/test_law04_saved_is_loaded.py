@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.core import attach, load_adapter, merge, save_adapter, trainable_parameters, use
+from lorakit.core import attach, check_adapter, load_adapter, merge, save_adapter, trainable_parameters, use
 from lorakit.core.inits import init_named
 
 from .snapshots import same_bits, snapshot
@@ -23,6 +23,7 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
         with use(model, name):
             expected[name] = run(model, given)
         save_adapter(model, tmp_path / name, name)
+        check_adapter(tmp_path / name)
     assert_differs(expected["a"], expected["b"], case.dtype)
     fresh, moved = case.specimen.model(case.dtype), init_named(case.init).changes_base
     if case.init == "loftq":
@@ -41,6 +42,7 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
 def test_architectures(specimen: Specimen, tmp_path: Path) -> None:
     model, given = with_adapters(specimen, "a"), specimen.given()
     save_adapter(model, tmp_path, "a")
+    check_adapter(tmp_path)
     fresh = specimen.model()
     load_adapter(fresh, tmp_path, "a")
     assert same_bits(run(fresh, given), run(model, given))

@@ -45,11 +45,26 @@ COMMANDS = {
     "push": "Upload an adapter to the Hugging Face Hub.",
     "pull": "Download an adapter from the Hugging Face Hub.",
     "list": "List the adapters in a directory.",
+    "adapters": "Publish adapters under names, with versions and rollback.",
     "inspect": "Show the config, sites, norms and problems of adapters.",
     "doctor": "Check this machine and its packages; suggest fixes.",
 }
 
-MODULES = {"list": "listing", "convert-config": "convert_config"}
+SUBCOMMANDS = {
+    "adapters": {
+        "add": "Publish an adapter as the current version of a name.",
+        "list": "List the names with their current versions.",
+        "show": "Show the history and the tags of a name.",
+        "tag": "Give a version a tag.",
+        "rollback": "Go back to an earlier version.",
+        "remove": "Remove a name.",
+        "verify": "Hash the files of all versions again, and report damage.",
+        "gc": "Remove the versions that nothing uses.",
+    }
+}
+"""Command -> the commands that it consists of; each is a function `run_NAME` in the command's module."""
+
+MODULES = {"list": "listing", "convert-config": "convert_config", "adapters": "registry"}
 """Command -> its module, if the names differ: a module `list` would hide the built-in type in this package."""
 
 _ABOUT = "Plan, train, evaluate, merge and combine LoRA adapters."
@@ -89,21 +104,25 @@ def application() -> App:
     """
     from cyclopts import App, Parameter
 
+    looks: Any = {"help_format": "plaintext", "help_formatter": _help_formatter(), "help_epilogue": _EPILOGUE}
     app = App(
         name="lorakit",
         help=_ABOUT,
-        help_epilogue=_EPILOGUE,
         version=f"lorakit {__version__}",
-        help_format="plaintext",
-        help_formatter=_help_formatter(),
+        **looks,
         result_action="return_value",
         error_console=cast("Console", sys.stderr),  # never used (`main` prints errors); avoids importing rich
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
-    for command, summary in COMMANDS.items():
-        module = MODULES.get(command, command)
-        app.command(f"lorakit.cli.{module}:run", name=command, help=summary, sort_key=list(COMMANDS).index(command))
+    for place, (command, summary) in enumerate(COMMANDS.items()):
+        path, parts = f"lorakit.cli.{MODULES.get(command, command)}:run", SUBCOMMANDS.get(command)
+        if parts is None:
+            app.command(path, name=command, help=summary, sort_key=place)
+            continue
+        app.command(group := App(name=command, help=summary, sort_key=place, **looks))
+        for inner, (part, about) in enumerate(parts.items()):
+            group.command(f"{path}_{part}", name=part, help=about, sort_key=inner)
     return app
 
 

@@ -97,7 +97,7 @@ def _described(root: Path, folder: Path) -> dict[str, Any]:
         "date": changed.isoformat(timespec="seconds"),
     }
     try:
-        own = _adapter(folder) if is_adapter else {}
+        own = adapter_facts(folder) if is_adapter else {}
         of_run = _run(of) if not is_adapter or of != folder else {}
         found |= {"data": own.pop("data", []), **of_run, **own}
         return {**found, **_divergence(found, of)}
@@ -149,7 +149,7 @@ def _is_active(folder: Path) -> bool:
     return False
 
 
-def _adapter(folder: Path) -> dict[str, Any]:
+def adapter_facts(folder: Path) -> dict[str, Any]:
     """Return what an adapter's config and `lorakit.json` say; values that are unknown are left out, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `lorakit inspect` shows them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +13,8 @@ from lorakit.errors import AdapterFileError
 from lorakit.hub_cache import (
     ADAPTER_FILES,
     CARD,
-    CHAT_TEMPLATES,
-    TOKENIZER_FILES,
     HubOptions,
+    adapter_contents,
     adapter_from_hub,
     split_revision,
 )
@@ -44,26 +42,22 @@ def run(
     name = check_repository(split_revision(repository)[0])
     target = output_dir or Path(name.partition("/")[2])
     check_new_directory(target)
-    files = (*ADAPTER_FILES, CARD)
-    folder = adapter_from_hub(repository, HubOptions(revision=revision), files=files, has_tokenizer=True)
+    options = HubOptions(revision=revision)
+    folder = adapter_from_hub(repository, options, files=(*ADAPTER_FILES, CARD), has_tokenizer=True)
     for needed in ADAPTER_FILES[:2]:
         if not (folder / needed).is_file():
             text = f"{name}: the repository has no {needed}, so it has no adapter that can be loaded."
             raise AdapterFileError(text, what=needed, where=name)
     from lorakit import core
-    from lorakit.durable_folders import publish_directory
+    from lorakit.durable_folders import copy_files, publish_directory
 
     summary = core.inspect_adapter(folder)
     for problem in summary.findings:
         console.warning(problem)
-    patterns = (*files, *TOKENIZER_FILES, CHAT_TEMPLATES)
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    paths = adapter_contents(folder, CARD)
     with publish_directory(target) as draft:
-        for path in paths:
-            copy = draft / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+        copy_files(paths, draft)
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
     if json:
         console.emit_json({"repository": name, "revision": revision, "path": str(target), "files": sizes})
     else:

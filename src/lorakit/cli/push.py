@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.early import adapter_folders, check_repository
-from lorakit.hub_cache import ADAPTER_FILES, CARD, MAX_CARD_BYTES
+from lorakit.hub_cache import CARD, MAX_CARD_BYTES, adapter_contents
 from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -47,9 +47,11 @@ def run(
     summary = core.inspect_adapter(adapter)
     for problem in summary.findings:
         console.warning(problem)
-    files, card = adapter_files(Path(adapter)), _card(summary)
+    files, card = adapter_contents(Path(adapter)), _card(summary)
     written = {**_without_path(summary), CARD: card.encode()}
-    sizes = {**{path.name: path.stat().st_size for path in files}, **{name: len(new) for name, new in written.items()}}
+    sizes = {name: path.stat().st_size for name, path in files.items()} | {
+        name: len(new) for name, new in written.items()
+    }
     said: dict[str, Any] = {"repository": repository, "revision": revision, "files": sizes, "card": card}
     if not dry_run:
         said["url"] = _upload(files, written, repository, private=private, revision=revision)
@@ -62,14 +64,6 @@ def run(
     else:
         total = format_bytes(sum(said["files"].values()))
         console.say(f"Uploaded {format_count(len(said['files']), 'file')} ({total}): {said['url']}")
-
-
-def adapter_files(folder: Path) -> list[Path]:
-    """Return the files of an adapter to upload: weights, config, metadata and tokenizer; the model card is separate."""
-    from lorakit import hub
-
-    own = [folder / name for name in ADAPTER_FILES]
-    return sorted({path for path in (*own, *hub.tokenizer_files(folder)) if path.is_file()})
 
 
 def _card(summary: AdapterSummary) -> str:
@@ -110,7 +104,7 @@ def _without_path(summary: AdapterSummary) -> dict[str, bytes]:
 
 
 def _upload(
-    files: list[Path], written: dict[str, bytes], repository: str, *, private: bool, revision: str | None
+    files: dict[str, Path], written: dict[str, bytes], repository: str, *, private: bool, revision: str | None
 ) -> str:
     """Upload the files, and those that were written for the upload, in one commit; return the commit's URL."""
     from lorakit import hub
@@ -118,9 +112,10 @@ def _upload(
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for path in files:
-            if path.name not in written:
-                (folder / path.name).symlink_to(path.resolve())
+        for name, path in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            if name not in written:
+                (folder / name).symlink_to(path.resolve())
         for name, content in written.items():
             write_bytes(folder / name, content)
         message = "Upload adapter"

@@ -8,7 +8,7 @@ from lorakit.core.attachment.attaching import AttachReport, attach, detach
 from lorakit.core.attachment.loading import LoadReport, TrainedAdapter, load_adapter, read_for_training
 from lorakit.core.attachment.saving import save_adapter, save_as_trained
 from lorakit.core.files.adapter_folder import AdapterFiles, SavedAdapter, read_adapter
-from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
+from lorakit.core.files.inspecting import AdapterSummary, check_adapter, inspect_adapter
 from lorakit.core.inits import init_named
 from lorakit.core.int8.calibrating import base_losses
 from lorakit.core.int8.quantized_base import (
@@ -101,6 +101,7 @@ __all__ = [
     "average",
     "base_losses",
     "besides_lora",
+    "check_adapter",
     "check_invocation",
     "checkpoint_contexts",
     "collect_for",

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from lorakit.choices import GgufType
 from lorakit.config import SIDECAR_FILE
 from lorakit.core import CommonAdapter
-from lorakit.durable import JsonObject, sha256_bytes, sha256_file
+from lorakit.durable import JsonObject
 from lorakit.errors import UsageError
 from lorakit.hub_cache import CARD
+from lorakit.registry import files_hash, version_id
 
 if TYPE_CHECKING:
     from lorakit.hub import ModelSource
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,6 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def check_name(name: str) -> str:
-    """Return a name if it is one that all runtimes accept in requests, paths and buckets, else raise a UsageError."""
-    if not NAME.fullmatch(name):
-        text = (
-            f"{name!r} cannot name an adapter; use up to 64 letters, digits, '.', '_' and '-', first a letter or digit."
-        )
-        raise UsageError(text, what=name, field="name")
-    return name
-
-
 def name_of(folder: Path) -> str:
     """Return a name for an adapter: that of its directory, or of the run directory that contains it."""
     folder = folder.resolve()
@@ -94,5 +83,4 @@ def versioned(name: str, folder: Path) -> str:
     The hash is over the files that can change an answer, which `lorakit.json` and the README cannot.
     """
     files = (file for file in folder.iterdir() if file.is_file() and file.name not in (SIDECAR_FILE, CARD))
-    lines = "".join(sorted(f"{file.name} {sha256_file(file)}\n" for file in files))
-    return f"{name}@{sha256_bytes(lines.encode())[:12]}"
+    return version_id(name, files_hash({file.name: file for file in files}))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorakit import cli
+from lorakit import cli, durable_folders
 from lorakit.errors import RunError
 from lorakit.train.files import run_folder
 from lorakit.train.files.run_folder import check_output_dir
@@ -51,7 +51,7 @@ def test_flags_that_are_missing_are_not_the_point(live: Path, capsys: pytest.Cap
 
 
 def test_an_owner_that_is_not_known(live: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run_folder, "_LOCKS", tmp_path / "none")
+    monkeypatch.setattr(durable_folders, "_LOCKS", tmp_path / "none")
     with pytest.raises(RunError, match="another process is training in this directory"):
         run_folder.lock(live)
 

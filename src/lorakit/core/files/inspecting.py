@@ -108,6 +108,27 @@ def check_finite(folder: Path, largest: Mapping[str, float], allow: Collection[s
         )
 
 
+def check_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
+    """Read an adapter's files, and check that its tensors are finite and complete, as far as this needs no model.
+
+    Raises:
+        AdapterFileError: A file is missing or damaged, a value is NaN or infinite, a site lacks A or B, or a site that
+            `lorakit.json` lists has no tensors.
+        NotYetSupported: The adapter needs a feature that is not implemented.
+    """
+    files = read_adapter(folder)
+    check_finite(files.folder, largest_values(files.file.tensors), ())
+    sites = by_site(files.file.tensors)
+    halves = [path for path, parts in sites.items() if not {"A", "B"} <= parts.keys()]
+    missing = [path for path in files.sidecar.sites if path not in sites]
+    if halves or missing or not files.file.tensors:
+        found = f"A or B is missing at {format_some(halves, 1)}" if halves else "the weights file has no tensors"
+        found = f"sites without tensors: {format_some(missing, 1)}" if missing else found
+        text = f"{files.folder}: the adapter is incomplete: {found}. Copy or train it again."
+        raise AdapterFileError(text, what=next(iter([*missing, *halves]), "tensors"), where=files.folder)
+    return files
+
+
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
     """Return a tuple with one message that lists all findings, or an empty tuple if there are no findings.
 

@@ -190,7 +190,6 @@ def log_line(row: Mapping[str, Any]) -> bytes:
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.05
-_LOCKS = Path("/proc/locks")
 
 
 def lock(folder: Path) -> int:
@@ -202,12 +201,12 @@ def lock(folder: Path) -> int:
         RunError: Another process holds the lock.
     """
     for attempt in range(_ATTEMPTS):
-        descriptor = _try_lock(folder)
+        descriptor = durable_folders.try_lock(folder)
         if descriptor is not None:
             return descriptor
         if attempt + 1 < _ATTEMPTS:  # `check_unlocked` in another process may hold the lock for a moment
             time.sleep(_PAUSE_SECONDS)
-    process = _owner(folder)
+    process = durable_folders.lock_owner(folder)
     who = "another process" if process is None else f"process {process}"
     raise RunError(
         f"{folder}: a run is active: {who} is training in this directory; wait until the run ends, or use "
@@ -232,38 +231,6 @@ def check_unlocked(folder: Path) -> None:
     """
     if folder.is_dir():
         unlock(lock(folder))
-
-
-def _try_lock(folder: Path) -> int | None:
-    """Lock a directory; return a descriptor, -1 if locks are unsupported, or None if another process holds the lock."""
-    try:
-        import fcntl
-    except ImportError:
-        return -1
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as cause:
-        os.close(descriptor)
-        return None if cause.errno in (errno.EWOULDBLOCK, errno.EACCES) else -1
-    return descriptor
-
-
-def _owner(folder: Path) -> int | None:
-    """Return the id of the process that holds the lock, or None if it is unknown.
-
-    Linux lists locks in `/proc/locks`, with the columns number, type, kind, mode, pid, inode, start and end.
-    """
-    try:
-        inode, rows = folder.stat().st_ino, _LOCKS.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    owners = {
-        int(words[4])
-        for words in map(str.split, rows)
-        if len(words) == 8 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode)
-    }
-    return owners.pop() if len(owners) == 1 and min(owners) > 0 else None
 
 
 ADAPTER_FOLDER = "adapter"
