@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +45,7 @@ def test_the_answers_are_those_of_lorakit(adapter: Path, base: Path, tmp_path: P
         pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (lorakit[runtimes])")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in DEMO.PROMPTS))
-    words = ["--base-gguf", base, "--data", prompts, "--max-new-tokens", TOKENS, "--timeout", 600]
+    words = ["--base-gguf", base, "--data", prompts, "--max-new-tokens", TOKENS]
     assert main(["verify", str(adapter), "--against", runtime, *map(str, words)]) == 0
     verified = json.loads((adapter / "lorakit.json").read_text())["verified"]["comparisons"]
     (one,) = (each for each in verified if each["runtime"] == runtime)
@@ -68,10 +67,9 @@ def test_a_client_of_openai_gets_the_text_of_lorakit(
             for name in ("demo", None)
         )
     assert own != other
-    needs: Any = SimpleNamespace(context=256, timeout=600.0)
     lora = {} if is_merged else {"lora": [{"id": 0, "scale": 1.0}]}
     with (
-        running(*((file, None) if is_merged else (base, file)), needs) as server,
+        running(*((file, None) if is_merged else (base, file)), 256) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client,
     ):
         more = {"cache_prompt": False, **lora}

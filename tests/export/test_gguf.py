@@ -48,8 +48,8 @@ def expected(base: Any, folder: Path, **settings: Any) -> list[float]:
 def in_llama_cpp(base: Path, adapter: Path) -> list[float]:
     """Return the log-probability that llama.cpp gives to each token but the first."""
     pytest.importorskip("xllamacpp")
-    request: Any = SimpleNamespace(context=64, timeout=60.0, added_ids=frozenset(), end_ids=frozenset([60]))
-    with running(base, adapter, request) as client:
+    request: Any = SimpleNamespace(added_ids=frozenset(), end_ids=frozenset([60]))
+    with running(base, adapter, 64) as client:
         models: Any = client.get("/v1/models")["data"]
         return LlamaServer(client, models, request, adapter.stem).log_probabilities(IDS)
 
@@ -78,7 +78,7 @@ def test_verify_on_smollm2(tmp_path: Path) -> None:
     settings = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
     with_random_adapter(hub.load_model("smollm2", "float32"), tmp_path / "notes", 0.02, **settings)
     base = write_smollm2(tmp_path / "base.gguf")
-    options = VerifyOptions(model="smollm2", base_gguf=base, prompts=2, new_tokens=4, timeout=600)
+    options = VerifyOptions(model="smollm2", base_gguf=base, prompts=2, new_tokens=4)
     (one,) = verify(tmp_path / "notes", ["gguf"], options).comparisons
     assert one.problems == [] and one.is_judged and one.difference < BOUND
     assert (one.greedy_same, one.other_tokens) == (2, ()) and min(one.distances.values()) > 100 * BOUND

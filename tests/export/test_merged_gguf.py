@@ -83,8 +83,8 @@ def difference(file: Path, expected: list[float]) -> float:
     from lorakit.verify.runtime import BASE
     from lorakit.verify.servers import LlamaServer
 
-    needs: Any = SimpleNamespace(context=64, timeout=60.0, added_ids=frozenset(), end_ids=frozenset([60]))
-    with running(file, None, needs) as client:
+    needs: Any = SimpleNamespace(added_ids=frozenset(), end_ids=frozenset([60]))
+    with running(file, None, 64) as client:
         models: Any = client.get("/v1/models")["data"]
         found = LlamaServer(client, models, needs, BASE).log_probabilities(IDS)
     return max(abs(one - other) for one, other in zip(found, expected, strict=True))

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,8 +99,7 @@ def served(folder: Path, base: Path) -> Iterator[tuple[str, str]]:
 
     request = ExportRequest(common_form(folder), "notes", hub.resolve(base))
     exported, output = formats.export("gguf", request, base.parent / "exported")
-    needs: Any = SimpleNamespace(context=256, timeout=60.0)
-    with running(base.with_suffix(".gguf"), output / f"{exported.name}.gguf", needs) as client:
+    with running(base.with_suffix(".gguf"), output / f"{exported.name}.gguf", 256) as client:
         yield client.url, exported.name
 
 

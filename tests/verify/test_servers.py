@@ -259,8 +259,9 @@ def test_two_adapters_with_one_name_in_llama_cpp(adapters: dict[str, Path], tiny
 def test_faults_of_llama_servers(
     adapters: dict[str, Path], tiny_model_directory: Path, replies: dict[str, Any]
 ) -> None:
-    url, error = in_llama_server(replies, adapters, tiny_model_directory)
-    assert error.where == url
+    for slots in (4, "many"):
+        url, error = in_llama_server({**replies, "/props": {"total_slots": slots}}, adapters, tiny_model_directory)
+        assert error.where == url
 
 
 def test_ids_that_are_not_tokens_are_unknown(adapters: dict[str, Path], tiny_model_directory: Path) -> None:

@@ -39,6 +39,8 @@ def encoded(prompt: Prompt, tokenizer: SavedTokenizer) -> list[int]:
 class LoadedRuntime:
     """A model in memory, whose logits are those of a plain forward pass."""
 
+    parallel = 1
+
     def __init__(self, title: str, model: nn.Module, tokenizer: SavedTokenizer, request: RuntimeRequest) -> None:
         self.title = title
         self.dtype = request.dtype

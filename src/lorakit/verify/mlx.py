@@ -35,6 +35,8 @@ def open_mlx(request: RuntimeRequest) -> Iterator[Runtime]:
 class MlxRuntime:
     """A model in mlx-lm, and its base."""
 
+    parallel = 1
+
     def __init__(self, base: Path, adapter: Path, request: RuntimeRequest) -> None:
         self.title, self.dtype = "mlx-lm", request.dtype
         self.versions = package_versions("mlx", "mlx-lm")

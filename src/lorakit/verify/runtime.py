@@ -19,12 +19,18 @@ BASE = "base"
 
 
 class Runtime(Protocol):
-    """An adapter that is open in a runtime; `others` has the names of the other models that it can ask."""
+    """An adapter that is open in a runtime.
+
+    Attributes:
+        others: Names of the other models that it can ask.
+        parallel: Number of requests that it answers at a time, in as many threads.
+    """
 
     title: str
     dtype: str
     versions: Mapping[str, str]
     others: Sequence[str]
+    parallel: int
 
     def encode(self, prompt: Prompt) -> list[int] | None:
         """Return the token ids of a rendered prompt; None if the runtime does not tell them."""

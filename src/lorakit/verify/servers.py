@@ -62,6 +62,9 @@ def _shown(value: object) -> str:
     return str(value or "unknown")[:MOST_SHOWN]
 
 
+SLOTS = 8
+"""Number of prompts that llama.cpp answers at a time, since it generates one token of each as fast as one token."""
+
 CERTAIN = 1e9
 """Bias of a logit with which a token is generated."""
 
@@ -108,6 +111,8 @@ class _Server:
 
 class OpenAiServer(_Server):
     """A server with `/v1/completions` that echoes prompts with their log-probabilities."""
+
+    parallel = 1  # log-probabilities of two prompts at a time end vLLM 0.32 on a CPU
 
     def __init__(self, client: JsonClient, models: Sequence[JsonObject], request: RuntimeRequest) -> None:
         super().__init__(client)
@@ -184,8 +189,10 @@ class LlamaServer(_Server):
             name: [{"id": id, "scale": float(name == own)} for own, id in adapters] for name in [*names, BASE]
         }
         self.others: Sequence[str] = [BASE, *(name for name in names if name != self._model)][:MOST_NEIGHBORS]
-        build = client.get("/props", is_optional=True).get("build_info")
-        self.versions: Mapping[str, str] = {"llama.cpp": _shown(build)}
+        about = client.get("/props", is_optional=True)
+        slots = about.get("total_slots")
+        self.parallel = min(slots, SLOTS) if type(slots) is int and slots > 0 else 1
+        self.versions: Mapping[str, str] = {"llama.cpp": _shown(about.get("build_info"))}
         self.title = f"{self._model} in llama.cpp"
 
     def encode(self, prompt: Prompt) -> list[int] | None:

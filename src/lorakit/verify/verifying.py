@@ -6,9 +6,11 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from lorakit.choices import GgufType
 from lorakit.errors import ConfigError, NonFiniteError
@@ -102,6 +104,23 @@ class Reference:
         return [*self.ids, *self.greedy]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A runtime's answers to the prompts.
+
+    Attributes:
+        encoded: Token ids of each prompt; None if the runtime does not tell them.
+        values: For each prompt, the log-probabilities of the given tokens, with the adapter.
+        greedy: The runtime's greedy tokens; None if it does not tell them.
+        others: Name of another model -> its log-probabilities for the first prompts.
+    """
+
+    encoded: Sequence[Sequence[int] | None]
+    values: Sequence[Sequence[float]]
+    greedy: Sequence[Sequence[int] | None]
+    others: Mapping[str, Sequence[Sequence[float]]]
+
+
 def entry_of(target: str) -> RuntimeEntry:
     """Return the entry of a runtime's name or a server's URL.
 
@@ -151,7 +170,8 @@ def verify(
             workspace.mkdir()
             with entry.open(target, replace(request, workspace=workspace)) as runtime:
                 say(f"{target}: asking {runtime.title}")
-                comparisons.append(_compared(target, runtime, references, options.new_tokens, request.end_ids))
+                answers = _asked(target, runtime, references, options.new_tokens)
+                comparisons.append(_compared(target, runtime, references, answers, request.end_ids))
     return VerifyReport(
         adapter=str(adapter),
         weights_sha256=files.file.sha256,
@@ -204,31 +224,46 @@ def _reference(runtime: SessionRuntime, prompt: Prompt, length: int, count: int)
     )
 
 
-def _compared(
-    target: str, runtime: Runtime, references: Sequence[Reference], count: int, end_ids: Collection[int]
-) -> Comparison:
+def _asked(target: str, runtime: Runtime, references: Sequence[Reference], count: int) -> Answers:
     """Ask a runtime for every prompt, and its other models for the first ones."""
-    encoded = [runtime.encode(one.prompt) for one in references]
-    is_told = all(ids is not None for ids in encoded)
-    found = [_finite(runtime.log_probabilities(one.given), target) for one in references]
-    greedy = [runtime.greedy(one.ids, count) for one in references]
+    with contextlib.ExitStack() as stack:
+        each: Any = map
+        if runtime.parallel > 1:
+            pool = ThreadPoolExecutor(runtime.parallel)
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error, no more prompts
+            each = pool.map
+
+        def values(rows: Sequence[Reference], other: str | None = None) -> list[Sequence[float]]:
+            found = each(lambda one: runtime.log_probabilities(one.given, other), rows)
+            return [_finite(one, target) for one in found]
+
+        return Answers(
+            encoded=[*each(lambda one: runtime.encode(one.prompt), references)],
+            values=values(references),
+            greedy=[*each(lambda one: runtime.greedy(one.ids, count), references)],
+            others={name: values(references[:CANARY_PROMPTS], name) for name in runtime.others},
+        )
+
+
+def _compared(
+    target: str, runtime: Runtime, references: Sequence[Reference], answers: Answers, end_ids: Collection[int]
+) -> Comparison:
+    """Compare a runtime's answers with lorakit's."""
+    is_told = all(ids is not None for ids in answers.encoded)
     differences = [
         _first_difference(index, one, theirs, end_ids)
-        for index, (one, theirs) in enumerate(zip(references, greedy, strict=True))
+        for index, (one, theirs) in enumerate(zip(references, answers.greedy, strict=True))
         if theirs is not None
     ]
     differing = [one for one in differences if one is not None]
     some = references[:CANARY_PROMPTS]
-    others = {
-        name: [_finite(runtime.log_probabilities(one.given, name), target) for one in some] for name in runtime.others
-    }
     distances = {
         name: max(_largest(values, one.adapted) for values, one in zip(rows, some, strict=True))
-        for name, rows in others.items()
+        for name, rows in answers.others.items()
     }
     base = None
-    if BASE in others:
-        base = max(_largest(values, one.base) for values, one in zip(others[BASE], some, strict=True))
+    if BASE in answers.others:
+        base = max(_largest(values, one.base) for values, one in zip(answers.others[BASE], some, strict=True))
     return Comparison(
         runtime=target,
         title=runtime.title,
@@ -236,11 +271,11 @@ def _compared(
         dtype=runtime.dtype,
         bound=entry_of(target).bound,
         prompts=len(references),
-        tokens=sum(map(len, found)),
-        other_tokens=tuple(index for index, one in enumerate(references) if encoded[index] != [*one.prompt.ids])
+        tokens=sum(map(len, answers.values)),
+        other_tokens=tuple(index for index, one in enumerate(references) if answers.encoded[index] != [*one.prompt.ids])
         if is_told
         else None,
-        difference=max(_largest(values, one.adapted) for values, one in zip(found, references, strict=True)),
+        difference=max(_largest(values, one.adapted) for values, one in zip(answers.values, references, strict=True)),
         distances={OWN_BASE: max(_largest(one.base, one.adapted) for one in references), **distances},
         base_difference=base,
         greedy_same=len(differences) - len(differing) if len(differences) == len(references) else None,
