@@ -144,7 +144,7 @@ def request_of(base: Path, adapter: Path, workspace: Path) -> Any:
     spec = session_spec(str(base), {ADAPTER: core.read_adapter(adapter)}, SessionOptions(dtype="float32"))
     config = AutoConfig.from_pretrained(base)
     ends = frozenset({config.eos_token_id, config.vocab_size - 1})  # the last is what `gguf_models` records
-    return RuntimeRequest(spec, workspace, ends, frozenset(), TOKENS + GREEDY + 1, timeout=300)
+    return RuntimeRequest(spec, workspace, "float32", ends, frozenset(), TOKENS + GREEDY + 1, timeout=300)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from tests.verify.test_loaded import compared
 from lorakit import hub, open_session
 from lorakit.errors import ModelError, UsageError
 from lorakit.export import formats, gguf
+from lorakit.session import SessionOptions
 from lorakit.verify.llama_cpp import running
 from lorakit.verify.prompts import PROMPTS
 
@@ -65,6 +66,12 @@ def test_other_dtypes_are_reported(folder: Path, base: Path, tiny_llama: Any, ti
     file = write_gguf(base.parent / "f16.gguf", tiny_llama, tiny_tokenizer, "F16")
     one = in_llama_cpp(folder, base, base_gguf=file)
     assert (one.dtype, one.is_judged, one.problems) == ("F16", False, [])
+    assert one.difference > 1e-3
+
+
+def test_answers_of_lorakit_in_another_dtype_are_not_judged(folder: Path, base: Path) -> None:
+    one = in_llama_cpp(folder, base, session=SessionOptions("bfloat16", "cpu"))
+    assert (one.dtype, one.is_judged, one.problems) == ("float32, lorakit's bfloat16", False, [])
     assert one.difference > 1e-3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from lorakit import core, hub
 from lorakit.errors import ConfigError, NonFiniteError, UsageError
-from lorakit.session import Session
+from lorakit.export import formats
+from lorakit.session import Session, SessionOptions
 from lorakit.verify import Comparison, VerifyOptions, verify
 from lorakit.verify.loaded import add_update
 
@@ -19,6 +21,15 @@ from lorakit.verify.loaded import add_update
 def compared(folder: Path, base: Path, *against: str, **fields: Any) -> dict[str, Comparison]:
     options = VerifyOptions(model=str(base), **{"prompts": 4, "new_tokens": 4, **fields})
     return {one.runtime: one for one in verify(folder, against, options).comparisons}
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_dtypes_that_are_float32_are_judged(
+    save_adapter: Callable[..., Path], tiny_model_directory: Path, dtype: Any
+) -> None:
+    options = SessionOptions(dtype, "cpu")
+    for one in compared(save_adapter("notes"), tiny_model_directory, "reloaded", "merged", session=options).values():
+        assert (one.dtype, one.is_judged, one.problems) == ("float32", True, [])
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -59,24 +70,33 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "rows of B reversed": lambda tensors: {
         name: one.flip(0) if "q_proj.lora_B" in name else one for name, one in tensors.items()
     },
+    "two sites exchanged": lambda tensors: {
+        name: tensors[name.replace("q_proj", "o_proj") if "q_proj" in name else name.replace("o_proj", "q_proj")]
+        for name in tensors
+    },
     "everything lost": lambda tensors: {name: torch.zeros_like(one) for name, one in tensors.items()},
 }
+
+
+def change(folder: Path, fault: str) -> None:
+    """Change the tensors of a saved adapter."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file(WRONG[fault](load_file(file)), file, {"format": "pt"})
+    (folder / "lorakit.json").unlink()  # has the hash of the file
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_files_are_found(
     save_adapter: Callable[..., Path], tiny_model_directory: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = save_adapter("notes")
     save = core.save_adapter
 
     def wrong(model: Any, path: Path, *rest: Any, **fields: Any) -> Any:
         report = save(model, path, *rest, **fields)
-        file = path / "adapter_model.safetensors"
-        save_file(WRONG[fault](load_file(file)), file, {"format": "pt"})
-        (path / "lorakit.json").unlink()  # has the hash of the file
+        change(path, fault)
         return report
 
     monkeypatch.setattr(core, "save_adapter", wrong)
@@ -84,6 +104,23 @@ def test_wrong_files_are_found(
     assert one.difference > one.bound and one.problems
     if fault == "everything lost":
         assert one.difference == pytest.approx(one.distances["lorakit's base"], rel=1e-3)
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_exports_are_found(
+    save_adapter: Callable[..., Path], tiny_model_directory: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = formats.FORMATS["peft"]
+
+    def wrong(request: Any, folder: Path) -> Any:
+        exported = entry.write(request, folder)
+        change(folder, fault)
+        return exported
+
+    folder = save_adapter("notes", use_rslora=True)
+    monkeypatch.setattr(formats, "FORMATS", {**formats.FORMATS, "peft": replace(entry, write=wrong)})
+    (one,) = compared(folder, tiny_model_directory, "reloaded").values()
+    assert one.difference > one.bound and one.problems
 
 
 def test_an_adapter_without_effect_proves_nothing(
@@ -133,8 +170,6 @@ def test_unknown_runtimes(save_adapter: Callable[..., Path], tiny_model_director
 
 @pytest.mark.filterwarnings("ignore:.*NaN or infinite")
 def test_an_adapter_with_nan(save_adapter: Callable[..., Path], tiny_model_directory: Path) -> None:
-    from lorakit.session import SessionOptions
-
     folder = save_adapter("notes", spread=float("nan"))
     with pytest.raises(NonFiniteError):
         compared(folder, tiny_model_directory, session=SessionOptions("float32", "cpu", allow=("nonfinite",)))

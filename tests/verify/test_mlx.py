@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.verify.test_loaded import compared
 
 from lorakit.export import formats
+from lorakit.session import SessionOptions
 from lorakit.verify import VerifyOptions, verify
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (lorakit[runtimes])")
@@ -80,11 +82,15 @@ def test_wrong_exports(
         save_file(tensors, folder / "adapters.safetensors")
         return exported
 
-    changed = {**formats.FORMATS, "mlx": formats.ExportFormat(entry.title, wrong, entry.needs_base)}
-    monkeypatch.setattr(formats, "FORMATS", changed)
+    monkeypatch.setattr(formats, "FORMATS", {**formats.FORMATS, "mlx": replace(entry, write=wrong)})
     (one,) = compared(save_adapter("notes", **FIELDS), base, "mlx").values()
     assert one.difference > one.bound and one.problems
     assert one.base_difference is not None and one.base_difference < 1e-3
+
+
+def test_the_dtype_of_the_base(save_adapter: Callable[..., Path], base: Path) -> None:
+    (one,) = compared(save_adapter("notes"), base, "mlx", session=SessionOptions("auto", "cpu")).values()
+    assert (one.dtype, one.is_judged, one.problems) == ("float32", True, [])
 
 
 def test_a_base_that_mlx_lm_reads_otherwise(save_adapter: Callable[..., Path], base: Path) -> None:

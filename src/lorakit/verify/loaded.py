@@ -111,7 +111,7 @@ def open_session_runtime(request: RuntimeRequest, title: str = "lorakit") -> Ite
 
 @contextlib.contextmanager
 def open_reloaded(request: RuntimeRequest) -> Iterator[LoadedRuntime]:
-    """Save the adapter again, and open the saved files: in plain torch if it is plain LoRA, else in a new session.
+    """Save the adapter again, and open the saved files: if it is plain LoRA, as exported, in plain torch; else in a session.
 
     Raises:
         LorakitError: The adapter cannot be saved or loaded.
@@ -123,10 +123,8 @@ def open_reloaded(request: RuntimeRequest) -> Iterator[LoadedRuntime]:
     spec = session_spec(request.spec.source, {ADAPTER: files}, request.spec.options)
     again = replace(request, spec=replace(spec, task=request.spec.task))
     try:
-        common = core.common_form(saved)
-    except AdapterError:  # a part that is not plain LoRA
-        common = None
-    if common is None or common.invocation:
+        common = core.common_form(again.export("peft"))
+    except AdapterError:  # a part that is not plain LoRA, or that waits for tokens
         with open_session_runtime(again, "lorakit, the adapter saved again") as runtime:
             yield runtime
         return

@@ -52,6 +52,7 @@ class RuntimeRequest:
     Attributes:
         spec: The base with the one adapter, in the dtype of the comparison.
         workspace: Empty directory for files that a runtime reads; removed afterwards.
+        dtype: Name of the dtype in which lorakit computes, and runtimes that can be told.
         end_ids: Ids of the tokens that end an answer.
         added_ids: Ids of all added tokens, among them those that end texts.
         base_gguf: The base as a GGUF file, for llama.cpp.
@@ -64,6 +65,7 @@ class RuntimeRequest:
 
     spec: SessionSpec
     workspace: Path
+    dtype: str
     end_ids: frozenset[int]
     added_ids: frozenset[int]
     context: int
@@ -84,14 +86,10 @@ class RuntimeRequest:
             common_form(self.folder),
             name_of(self.folder),
             self.spec.source,
+            served_base=self.spec.source.base_name,
             allow_untested=True,
             allow_mismatch="base_mismatch" in self.spec.options.allow,
             base_gguf=self.base_gguf,
             outtype=self.outtype,
         )
         return export(name, request, self.workspace / name)[1]
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype of the comparison."""
-        return str(self.spec.options.dtype)

@@ -23,7 +23,7 @@ from lorakit.verify.llama_cpp import open_gguf, open_merged_gguf
 from lorakit.verify.loaded import ADAPTER, SessionRuntime, chosen, open_merged, open_reloaded, package_versions
 from lorakit.verify.mlx import open_mlx
 from lorakit.verify.prompts import MOST_TOKENS, Prompt, read_prompts
-from lorakit.verify.report import OWN_BASE, Comparison, GreedyDifference, VerifyReport
+from lorakit.verify.report import JUDGED_DTYPE, OWN_BASE, Comparison, GreedyDifference, VerifyReport
 from lorakit.verify.runtime import BASE, Runtime, RuntimeRequest
 from lorakit.verify.servers import open_url
 
@@ -171,7 +171,7 @@ def verify(
             with entry.open(target, replace(request, workspace=workspace)) as runtime:
                 say(f"{target}: asking {runtime.title}")
                 answers = _asked(target, runtime, references, options.new_tokens)
-                comparisons.append(_compared(target, runtime, references, answers, request.end_ids))
+                comparisons.append(_compared(target, runtime, references, answers, request))
     return VerifyReport(
         adapter=str(adapter),
         weights_sha256=files.file.sha256,
@@ -195,6 +195,7 @@ def _answered(
         request = RuntimeRequest(
             spec=spec,
             workspace=workspace,
+            dtype=str(session.model.dtype).removeprefix("torch."),
             end_ids=frozenset(end_ids(session.model, spec.tokenizer, form)),
             added_ids=frozenset(getattr(spec.tokenizer, "added_tokens_decoder", ())),
             context=max(len(prompt.ids) for prompt in prompts) + options.new_tokens + 1,
@@ -246,12 +247,12 @@ def _asked(target: str, runtime: Runtime, references: Sequence[Reference], count
 
 
 def _compared(
-    target: str, runtime: Runtime, references: Sequence[Reference], answers: Answers, end_ids: Collection[int]
+    target: str, runtime: Runtime, references: Sequence[Reference], answers: Answers, request: RuntimeRequest
 ) -> Comparison:
     """Compare a runtime's answers with lorakit's."""
     is_told = all(ids is not None for ids in answers.encoded)
     differences = [
-        _first_difference(index, one, theirs, end_ids)
+        _first_difference(index, one, theirs, request.end_ids)
         for index, (one, theirs) in enumerate(zip(references, answers.greedy, strict=True))
         if theirs is not None
     ]
@@ -268,7 +269,9 @@ def _compared(
         runtime=target,
         title=runtime.title,
         versions=runtime.versions,
-        dtype=runtime.dtype,
+        dtype=runtime.dtype
+        if request.dtype in (runtime.dtype, JUDGED_DTYPE)
+        else f"{runtime.dtype}, lorakit's {request.dtype}",
         bound=entry_of(target).bound,
         prompts=len(references),
         tokens=sum(map(len, answers.values)),
