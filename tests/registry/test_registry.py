@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorakit import durable_folders
 from lorakit.durable import TEMPORARY
 from lorakit.errors import AdapterError, AdapterFileError, DiskError, UsageError
-from lorakit.registry import Registry, content_hash, is_registry
+from lorakit.registry import Registry, content_hash, is_registry, names
 from lorakit.registry import registry as module
 
 from ..laws.snapshots import files
@@ -182,6 +183,33 @@ def test_a_poll_reads_only_the_names_that_changed(
     assert registry.resolve("b", known).hash == known["b"].current
     registry.remove("a")
     assert set(registry.listing(entries).entries) == {"b"}
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_name_that_is_removed_while_it_is_read(
+    is_back: bool, one: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be added again before the reader looks for the reason."""
+    registry.add("a", one)
+    registry.add("b", one)
+    path, real, data = registry.folder / "names" / "a.json", names.read_json, list[bytes]()
+
+    def late(file: Path, max_bytes: int) -> Any:
+        if file == path and not data:
+            data.append(path.read_bytes())
+            path.unlink()
+            if is_back:
+                path.write_bytes(data[0])
+            raise AdapterFileError("no such file", where=file)
+        return real(file, max_bytes)
+
+    monkeypatch.setattr(names, "read_json", late)
+    listing = registry.listing()
+    assert (set(listing.entries), listing.damaged) == ({"a", "b"} if is_back else {"b"}, {})
+    path.unlink(missing_ok=True)
+    with pytest.raises(AdapterError) as caught:
+        registry.entry("a")
+    assert caught.value.what == "a"
 
 
 def test_a_name_that_was_just_written_is_read_again(one: Path, registry: Registry) -> None:

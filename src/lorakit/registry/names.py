@@ -94,15 +94,15 @@ class NameEntry:
             AdapterError: There is no such file.
             AdapterFileError: The file is damaged or in a newer format.
         """
-        try:
-            status = FileStatus.of(path)
-        except FileNotFoundError:
-            raise _unknown_name(path) from None
-        except OSError as cause:
-            raise AdapterFileError(f"{path}: cannot be read ({cause.strerror or cause}).", where=path) from cause
+        status = _status(path)
         if known is not None and known.status == status:
             return known
-        values = as_object(read_json(path, MAX_BYTES))
+        try:
+            values = as_object(read_json(path, MAX_BYTES))
+        except AdapterFileError:
+            if _status(path) == status:
+                raise
+            return cls.read(path)  # it was removed, and perhaps added again, since its status was read
         version = values.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             text = f"{path}: format {version} is newer than format {FORMAT_VERSION}; upgrade lorakit."
@@ -216,6 +216,16 @@ class NameEntry:
 
 def _event(action: str, hash: str) -> Event:
     return Event(action, hash, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def _status(path: Path) -> FileStatus:
+    """Return the status of a name's file; an AdapterError if there is none."""
+    try:
+        return FileStatus.of(path)
+    except FileNotFoundError:
+        raise _unknown_name(path) from None
+    except OSError as cause:
+        raise AdapterFileError(f"{path}: cannot be read ({cause.strerror or cause}).", where=path) from cause
 
 
 def _unknown_name(path: Path) -> AdapterError:
