@@ -76,6 +76,19 @@ def test_results_are_recorded_by_runtime_and_weights(
     assert text.count(GOOD) == 2 and "# LoRA adapter for" in text and str(tiny_model_directory) not in text
 
 
+def test_results_of_several_dtypes_are_recorded(
+    save_adapter: Callable[..., Path], tiny_model_directory: Path
+) -> None:
+    folder = save_adapter("notes")
+    for dtype in ("float32", "bfloat16", "auto"):
+        words = ["--model", tiny_model_directory, *WORDS, "--dtype", dtype, "--against", "merged"]
+        assert cli.main(["verify", str(folder), *map(str, words)]) == 0
+    verified = json.loads((folder / "lorakit.json").read_text())["verified"]
+    assert [one["dtype"] for one in verified["comparisons"]] == ["bfloat16", "float32"]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert text.count(GOOD) == 1 and "| bfloat16 |" in text
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
 def test_a_worse_result_replaces_a_better_one(
     call: Callable[..., int], save_adapter: Callable[..., Path], tiny_model_directory: Path

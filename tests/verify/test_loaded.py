@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_data_gives_the_prompts(save_adapter: Callable[..., Path], tiny_model_di
     report = verify(folder, ["reloaded"], options)
     assert report.is_good and report.prompts == str(file) and report.comparisons[0].prompts == 5
     assert report.as_dict()["good"] is True
+
+
+@pytest.mark.parametrize("new_tokens", [62, 5000])
+def test_answers_that_leave_no_room_for_a_prompt(
+    save_adapter: Callable[..., Path], tiny_model_directory: Path, new_tokens: int
+) -> None:
+    config = tiny_model_directory / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 64}))
+    folder = save_adapter("notes")
+    with pytest.raises(UsageError) as caught:
+        compared(folder, tiny_model_directory, "reloaded", new_tokens=new_tokens + 1)
+    assert caught.value.field == "max_new_tokens"
+    if new_tokens == 62:
+        assert compared(folder, tiny_model_directory, "reloaded", new_tokens=new_tokens)["reloaded"].tokens >= 4
 
 
 @pytest.mark.parametrize("name", ["vllm", "http", "http:localhost", "mlx://host", "ftp://host", ""])

@@ -49,9 +49,16 @@ def test_rows_without_their_answers(spec: Any, tmp_path: Path, row: Any, message
     assert prompt.messages == messages
 
 
-def test_data_without_prompts(spec: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [{"messages": CHAT[1:]}, {"prompt": "", "completion": "Ada."}, {"text": " \n"}])
+def test_data_without_prompts(spec: Any, tmp_path: Path, row: Any) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"messages": CHAT[1:]}))
+    file.write_text(json.dumps(row))
     with pytest.raises(DataError) as caught:
         read_prompts(spec, [str(file)], 20)
     assert caught.value.where == str(file)
+
+
+def test_rows_without_a_prompt_are_left_out(spec: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": text, "completion": "Ada."}) for text in (" ", "Who?", "", "When?")))
+    assert [one.messages[0]["content"] for one in read_prompts(spec, [str(file)], 2)] == ["Who?", "When?"]

@@ -80,7 +80,7 @@ def run(
     greedy tokens. In float32, differences above a bound fail: 1e-4 after saving or merging, 1e-3 in llama.cpp, mlx-lm
     and servers. In any dtype, the runtime must be closer to lorakit's adapter than its base and its other models are.
     The exit code is 1 if a runtime gives other answers. The results are written to `lorakit.json` and the README of a
-    local adapter, in place of older ones for the same runtimes. --verbose adds each step.
+    local adapter, in place of older ones for the same runtimes and dtypes. --verbose adds each step.
 
     Raises:
         ConfigError: A runtime is unknown.

@@ -111,7 +111,7 @@ def open_session_runtime(request: RuntimeRequest, title: str = "lorakit") -> Ite
 
 @contextlib.contextmanager
 def open_reloaded(request: RuntimeRequest) -> Iterator[LoadedRuntime]:
-    """Save the adapter again, and open the saved files: if it is plain LoRA, as exported, in plain torch; else in a session.
+    """Save the adapter again, and open the files: plain LoRA as it is exported, in plain torch; else in a session.
 
     Raises:
         LorakitError: The adapter cannot be saved or loaded.

@@ -82,11 +82,10 @@ def read_prompts(spec: SessionSpec, data: Sequence[str], count: int) -> list[Pro
 
 
 def _prompt_of(record: Record) -> str | Conversation | None:
-    """Return the part of a record that precedes the answer."""
-    if isinstance(record, Document):
-        return record.text[:MOST_CHARACTERS] or None
-    if isinstance(record, Completion):
-        return record.prompt[:MOST_CHARACTERS] or None
+    """Return the part of a record that precedes the answer, or None if that is blank."""
+    if isinstance(record, (Document, Completion)):
+        text = record.text if isinstance(record, Document) else record.prompt
+        return text[:MOST_CHARACTERS] if text[:MOST_CHARACTERS].strip() else None
     if not isinstance(record, Conversation):
         return None
     messages = [*record.messages]

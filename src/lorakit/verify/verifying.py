@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.choices import GgufType
-from lorakit.errors import ConfigError, NonFiniteError
+from lorakit.errors import ConfigError, NonFiniteError, UsageError
 from lorakit.generate import context_tokens
 from lorakit.session import Session, SessionOptions, SessionSpec, session_spec
 from lorakit.session.prompts import end_ids, prompt_format
@@ -152,6 +152,7 @@ def verify(
 
     Raises:
         ConfigError: A runtime is unknown.
+        UsageError: The context has no room for a prompt and the new tokens.
         NonFiniteError: A runtime, or lorakit, computes NaN or infinite log-probabilities.
         LorakitError: A runtime cannot be opened or asked; the error class and message say why.
     """
@@ -192,6 +193,9 @@ def _answered(
         form, _ = prompt_format(spec.tokenizer, spec.facts, None)
         limit = context_tokens(session.model) or math.inf
         length = int(min(limit - options.new_tokens - 1, MOST_TOKENS))
+        if length < 1:
+            text = f"--max-new-tokens {options.new_tokens} leaves no room for a prompt in {limit} tokens; pass fewer."
+            raise UsageError(text, what=options.new_tokens, field="max_new_tokens")
         request = RuntimeRequest(
             spec=spec,
             workspace=workspace,

@@ -180,8 +180,8 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
 def record_verification(folder: Path, report: JsonObject) -> str | None:
     """Write a report of `lorakit verify` to `lorakit.json` and the README; return None, or why it cannot be recorded.
 
-    Results in other runtimes are kept if they are about the same weights. A new result replaces the runtime's older
-    one, also if it is worse: otherwise the card would show what is no longer true.
+    Results in other runtimes and dtypes are kept if they are about the same weights. A new result replaces the older one
+    in the same runtime and dtype, also if it is worse: otherwise the card would show what is no longer true.
 
     Raises:
         DiskError: A file cannot be written.
@@ -194,8 +194,8 @@ def record_verification(folder: Path, report: JsonObject) -> str | None:
     if not _describes(facts, folder) or as_object(facts["weights"])["sha256"] != report["weights_sha256"]:
         return f"the adapter is not the one that {SIDECAR_FILE} describes"
     rows = list(map(as_object, _valid(folder, facts).get("comparisons") or []))
-    new = {each["runtime"] for each in report["comparisons"]}
-    kept = [each for each in rows if each.get("runtime") not in new]
+    new = {(each["runtime"], each["dtype"]) for each in report["comparisons"]}
+    kept = [each for each in rows if (each.get("runtime"), each.get("dtype")) not in new]
     facts["verified"] = {**report, "comparisons": [*kept, *report["comparisons"]]}
     write_bytes(folder / SIDECAR_FILE, json_bytes(sealed(facts)))
     if (folder / CARD).is_file():
