@@ -66,11 +66,12 @@ def test_an_export_is_verified_before_it_is_written(
 ) -> None:
     adapter, out = save_adapter("notes", use_rslora=True), tmp_path / "out"
     words = ["export", "vllm", str(adapter), "--output-dir", str(out), "--model", str(tiny_model_directory)]
-    assert main([*words, "--served-base", "base", "--verify"]) == 0
+    assert main([*words, "--served-base", "base", "--verify", "--prompts", "0"]) == 2 and not out.exists()
+    assert main([*words, "--served-base", "base", "--verify", "--prompts", "3"]) == 0
     assert "log-probabilities differ by at most" in capsys.readouterr().err
     (folder,) = out.iterdir()
     verified = json.loads((folder / "lorakit.json").read_text())["verified"]
-    assert verified["comparisons"][0]["difference"] < 1e-4
+    assert verified["comparisons"][0]["difference"] < 1e-4 and verified["comparisons"][0]["prompts"] == 3
 
 
 def test_an_export_with_other_answers_is_not_written(

@@ -76,9 +76,7 @@ def test_results_are_recorded_by_runtime_and_weights(
     assert text.count(GOOD) == 2 and "# LoRA adapter for" in text and str(tiny_model_directory) not in text
 
 
-def test_results_of_several_dtypes_are_recorded(
-    save_adapter: Callable[..., Path], tiny_model_directory: Path
-) -> None:
+def test_results_of_several_dtypes_are_recorded(save_adapter: Callable[..., Path], tiny_model_directory: Path) -> None:
     folder = save_adapter("notes")
     for dtype in ("float32", "bfloat16", "auto"):
         words = ["--model", tiny_model_directory, *WORDS, "--dtype", dtype, "--against", "merged"]

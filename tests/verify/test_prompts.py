@@ -60,5 +60,7 @@ def test_data_without_prompts(spec: Any, tmp_path: Path, row: Any) -> None:
 
 def test_rows_without_a_prompt_are_left_out(spec: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": text, "completion": "Ada."}) for text in (" ", "Who?", "", "When?")))
+    file.write_text(
+        "\n".join(json.dumps({"prompt": text, "completion": "Ada."}) for text in (" ", "Who?", "", "When?"))
+    )
     assert [one.messages[0]["content"] for one in read_prompts(spec, [str(file)], 2)] == ["Who?", "When?"]

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from lorakit.choices import ExportFormatName, GgufType
 from lorakit.cli import console
 from lorakit.cli.adapters import NAME, naming_flags
-from lorakit.cli.early import adapter_folders, check_model, check_new_directory
+from lorakit.cli.early import adapter_folders, check_at_least, check_model, check_new_directory
 from lorakit.durable import JsonObject
 from lorakit.errors import AdapterError, UsageError
 from lorakit.terminal import working
@@ -49,6 +49,7 @@ class Flags:
             help="First compare the answers of the adapter in this form with lorakit's; write nothing if they differ.",
         ),
     ] = False
+    prompts: Annotated[int, Parameter(help="Number of prompts for --verify.")] = 20
     untested_architecture: Annotated[
         bool, Parameter(negative=(), help="Accept an architecture that was not tested in the runtime.")
     ] = False
@@ -74,6 +75,7 @@ def run(
         AdapterError: The adapter has a part that the runtime cannot apply, or --verify finds other answers.
         UsageError: The output directory has other files.
     """
+    check_at_least("prompts", flags.prompts, 1)
     if flags.model is not None:
         check_model(flags.model)
     ((given, folder),) = adapter_folders([adapter]).items()
@@ -134,7 +136,13 @@ def _verified(given: str, folder: str, runtime: str, flags: Flags) -> JsonObject
 
     with working("verifying"):
         session = replace(VerifyOptions.session, allow=["base_mismatch"] * flags.allow_base_mismatch)
-        options = VerifyOptions(flags.model, session=session, base_gguf=flags.base_gguf, outtype=flags.outtype)
+        options = VerifyOptions(
+            flags.model,
+            prompts=flags.prompts,
+            session=session,
+            base_gguf=flags.base_gguf,
+            outtype=flags.outtype,
+        )
         report = verify(folder, [runtime], options, console.quiet)
     (compared,) = report.comparisons
     if not report.is_good:

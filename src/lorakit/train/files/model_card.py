@@ -180,8 +180,8 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
 def record_verification(folder: Path, report: JsonObject) -> str | None:
     """Write a report of `lorakit verify` to `lorakit.json` and the README; return None, or why it cannot be recorded.
 
-    Results in other runtimes and dtypes are kept if they are about the same weights. A new result replaces the older one
-    in the same runtime and dtype, also if it is worse: otherwise the card would show what is no longer true.
+    Results in other runtimes and dtypes are kept if they are about the same weights. A new result replaces an older
+    one in the same runtime and dtype, also if it is worse: otherwise the card would show what is no longer true.
 
     Raises:
         DiskError: A file cannot be written.
