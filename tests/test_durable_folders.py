@@ -261,6 +261,7 @@ def test_publishing_is_refused_over_content_and_forgets_what_failed(tmp_path: Pa
     with pytest.raises(DiskError, match=r"a: cannot be written"), publish_directory(tmp_path / "a") as folder:
         (folder / "y").write_text("y")
     assert [p.name for p in (tmp_path / "a").rglob("*")] == ["sub", "x"]
-    with pytest.raises(KeyError), publish_directory(tmp_path / "b"):
-        raise KeyError
+    for name in ("b", "new/deep/b"):
+        with pytest.raises(KeyError), publish_directory(tmp_path / name):
+            raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -48,10 +48,10 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
     """Yield a new directory next to `final` to write to, and rename it into place if the `with` block succeeds.
 
     `final` may be a symbolic link to a directory; unless `replace`, it must be empty. If there is any error, such as a
-    DiskError, the new directory is removed.
+    DiskError, the new directory and new parents are removed.
     """
     final = Path(os.path.realpath(final))
-    temporary = temporary_name(final)
+    temporary, parents = temporary_name(final), [parent for parent in final.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
         if final.is_dir():
@@ -72,6 +72,9 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
         raise not_written(final, cause) from cause
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in parents:
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
