@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.small_gguf import own_gguf_cache, write_gguf  # noqa: F401 - a fixture
 
+from lorakit import hub
 from lorakit.cli import main
 
 Save = Callable[..., Path]
@@ -41,6 +43,20 @@ def test_a_rejection_is_not_silent(save_adapter: Save) -> None:
     one = save_adapter("one", r=32)
     assert main(["check", str(one), "--for", "vllm"]) == 0
     assert main(["check", str(one), "--for", "vllm", "--max-rank", "32"]) == 0
+
+
+def test_the_template_of_a_gguf_file_is_compared(
+    save_adapter: Save, tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, tokenizer = save_adapter("one"), hub.load_tokenizer(tiny_model_directory)
+    file = write_gguf(tmp_path / "base.gguf", hub.load_model(tiny_model_directory), tokenizer)
+    (one / "chat_template.jinja").write_text(str(tokenizer.chat_template))
+    assert main(["check", str(one), "--for", "sglang", "--base", str(file)]) == 0
+    (one / "chat_template.jinja").write_text("{{ messages }}")
+    capsys.readouterr()
+    assert main(["check", str(one), "--for", "sglang", "--base", str(file)]) == 1
+    (remedy,) = [line for line in capsys.readouterr().out.splitlines() if "remedy" in line]
+    assert remedy.endswith(f"--chat-template {one / 'chat_template.jinja'}")
 
 
 def test_json_has_every_rule_with_its_source(

@@ -26,7 +26,7 @@ def script() -> Any:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_commands_are_those_that_export_prints(format: str) -> None:
-    for title, command in FORMATS[format].commands(NAME, BASE, RANK).items():
+    for title, command in FORMATS[format].commands(NAME, BASE, RANK, "OUTPUT").items():
         assert f"\n{command}\n" in PAGE, title
 
 
@@ -63,7 +63,7 @@ def test_greedy_answers_may_differ_where_two_tokens_are_equally_likely(
 def test_the_words_of_a_printed_command() -> None:
     load("scripts/bootstrap.py")
     server = load("scripts/vllm_server.py")
-    command = FORMATS["vllm"].commands(NAME, "/models/my base", RANK)["vLLM, adapters on first use"]
+    command = FORMATS["vllm"].commands(NAME, "/models/my base", RANK, "OUTPUT")["vLLM, adapters on first use"]
     variables, (program, verb, model, *_) = server.split(command)
     assert (program, verb, model) == ("vllm", "serve", "/models/my base")
     assert variables["VLLM_LORA_RESOLVER_CACHE_DIR"] == "OUTPUT"

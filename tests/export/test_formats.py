@@ -90,14 +90,17 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
 
 def test_vllm_gets_a_rank_that_it_accepts() -> None:
     for rank in range(1, 513):
-        command = serving_commands("n@0", "base", rank)["vLLM"].split()
+        command = serving_commands("n@0", "base", rank, "OUTPUT")["vLLM"].split()
         limit = int(command[command.index("--max-lora-rank") + 1])
         assert limit >= rank and limit in VLLM_RANKS
         assert all(smaller < rank for smaller in VLLM_RANKS[1:] if smaller < limit)
-    assert "vLLM" not in serving_commands("n@0", "base", 513)
+    assert "vLLM" not in serving_commands("n@0", "base", 513, "OUTPUT")
 
 
-@pytest.mark.parametrize(("folder", "name"), [("runs/notes/adapter", "notes"), ("legal v2", "legal-v2"), ("_x", "x")])
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("runs/notes/adapter", "notes"), ("legal v2", "legal-v2"), ("_x", "x"), ("법률", "adapter"), ("x" * 80, "x" * 64)],
+)
 def test_adapters_are_named_after_their_run(tmp_path: Path, folder: str, name: str) -> None:
     assert name_of(tmp_path / folder) == name
 

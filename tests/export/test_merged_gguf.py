@@ -393,7 +393,7 @@ def test_the_modelfile(tmp_path: Path) -> None:
 
 
 def test_the_commands() -> None:
-    commands = FORMATS["gguf --merged"].commands("notes@0123456789ab", "base", 4)
+    commands = FORMATS["gguf --merged"].commands("notes@0123456789ab", "base", 4, "OUTPUT")
     assert commands["Ollama"] == "ollama create notes:0123456789ab -f OUTPUT/Modelfile"
     assert commands["llama.cpp"].startswith("llama-cli -m OUTPUT/notes@0123456789ab.gguf ")
     assert commands["llama-quantize"].endswith(" Q4_K_M")

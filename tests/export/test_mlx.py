@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests import small_models
 from tests.export.bases import FAMILIES, ROPE, random, saved
 from tests.export.specimens import with_random_adapter
+from tests.gguf_models import write_base
 
 from lorakit import core, hub
 from lorakit.config import CONFIG_FILE
@@ -184,6 +186,26 @@ def test_sites_that_mlx_lm_cannot_adapt(tmp_path: Path) -> None:
             written(base, tmp_path / adapter, tmp_path / "out")
         assert caught.value.what == site
         assert not (tmp_path / "out").exists()
+
+
+def test_what_mlx_lm_does_not_have(tmp_path: Path) -> None:
+    sizes = small_models.GROUPED | {"num_labels": 3, "pad_token_id": 0}
+    base = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes))
+    folder = saved(base, tmp_path / "base")
+    trained(base, tmp_path / "adapter", target_modules=["q_proj", "score"], task_type=None)
+    with pytest.raises(AdapterError) as caught:
+        written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert caught.value.what == "score" and not (tmp_path / "out").exists()
+
+
+def test_mlx_lm_reads_no_gguf_files(tmp_path: Path) -> None:
+    base = random("llama", 0.1)
+    file = write_base(base, tmp_path / "base.gguf")
+    trained(base, tmp_path / "adapter")
+    with pytest.raises(UsageError) as caught:
+        written(file, tmp_path / "adapter", tmp_path / "out")
+    assert caught.value.field == "served_base" and not (tmp_path / "out").exists()
+    assert written(file, tmp_path / "adapter", tmp_path / "out", served_base="owner/base").is_dir()
 
 
 def test_architectures_that_were_not_tested(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def run(
     )
     with naming_flags(Flags):
         exported, target = export(name, request, flags.output_dir)
-    commands = entry.commands(exported.name, exported.base, common.rank)
+    commands = entry.commands(exported.name, exported.base, common.rank, str(flags.output_dir))
     if json:
         said = {"name": exported.name, "path": str(target), "commands": dict(commands)}
         console.emit_json({**said, "notes": list(exported.notes), "rank": common.rank})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakit.export.conditions import CONDITIONS, VLLM_RANKS, vllm_limit
-from lorakit.export.facts import AdapterFacts
+from lorakit.export.facts import TEMPLATE_FILE, TOKENIZER_CONFIG, AdapterFacts
 from lorakit.export.rules import IGNORED, REMEDIES, RUNTIMES, WRONG, Effect, Rule
 
 SILENT = (IGNORED, WRONG)
@@ -68,6 +68,8 @@ def check(facts: AdapterFacts, runtimes: Sequence[str]) -> Check:
 def _match(facts: AdapterFacts, runtime: str, name: str, evidence: str) -> RuleMatch:
     rule = RUNTIMES[runtime].rules[name]
     limit = vllm_limit(facts.largest_rank) or VLLM_RANKS[-1]
-    values = {"adapter": shlex.quote(str(facts.folder)), "format": runtime, "limit": limit}
+    template = facts.folder / TEMPLATE_FILE
+    file = shlex.quote(str(template)) if template.is_file() else f"FILE, with that of {TOKENIZER_CONFIG}"
+    values = {"adapter": shlex.quote(str(facts.folder)), "format": runtime, "limit": limit, "template": file}
     remedy = REMEDIES[rule.remedy].format(**values) if rule.remedy else ""
     return RuleMatch(runtime, name, evidence, rule, remedy)

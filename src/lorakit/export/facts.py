@@ -150,11 +150,12 @@ def base_facts(model: str | hub.ModelSource) -> BaseFacts:
         options = HubOptions(revision=source.revision)
         path = adapter_from_hub(source.path_or_id, options, files=("config.json",), has_tokenizer=True)
     config = {"config": path, "gguf": None}.get(source.kind, path / "config.json")
+    stored = None if source.header is None else source.header.values.get("tokenizer.chat_template")
     return BaseFacts(
         names=frozenset({source.given, source.recorded_name, source.path_or_id}),
         shape=hub.shape_of(model),
         config={} if config is None else as_object(read_json(config)),
-        template=chat_template(path) if path.is_dir() else None,
+        template=chat_template(path) if path.is_dir() else stored,
     )
 
 

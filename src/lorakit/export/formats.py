@@ -24,7 +24,8 @@ class ExportFormat:
     Attributes:
         title: What is written, for messages.
         write: Function that writes the files for a request to an empty directory.
-        commands: Function from the name of an export, the base and the rank to how runtimes load it: title -> command.
+        commands: Function from the name of an export, the base, the rank and the output directory to how runtimes load
+            it: title -> command.
         flags: What `lorakit export` needs for a base, in model cards; "{base}" is its name.
         needs_base: Whether the request must have the base; only its config is read.
         is_library: Whether the output directory holds several exports, each in `NAME@HASH12`, instead of one.
@@ -34,7 +35,7 @@ class ExportFormat:
 
     title: str
     write: Callable[[ExportRequest, Path], Exported]
-    commands: Callable[[str, str, int], Mapping[str, str]]
+    commands: Callable[[str, str, int, str], Mapping[str, str]]
     flags: str = "--model {base}"
     needs_base: bool = False
     is_library: bool = False

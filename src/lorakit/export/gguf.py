@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakit.choices import EMBEDDING
 from lorakit.errors import AdapterError, UsageError, require_packages
 from lorakit.export.request import Exported, ExportRequest, versioned
-from lorakit.export.sites import check_sites, tested_base
+from lorakit.export.sites import MERGE, check_sites, tested_base
 from lorakit.tables import format_some
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def layout_of(request: ExportRequest) -> GgufLayout:
     architecture = ARCHITECTURES.get(base.model_type, base.model_type)
     if architecture not in gguf.MODEL_ARCH_NAMES.values():
         given = request.known_base.given
-        text = f"{given}: llama.cpp has no architecture {base.model_type!r}."
+        text = f"{given}: the name of the architecture {base.model_type!r} in GGUF files is not known. {MERGE}"
         raise UsageError(text, what=base.model_type, where=given)
     return GgufLayout(architecture, base.shape)
 
@@ -123,7 +123,7 @@ def write_gguf(request: ExportRequest, folder: Path) -> Exported:
     return Exported(named, request.known_base.recorded_name)
 
 
-def llama_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
+def llama_commands(name: str, base: str, rank: int, output: str) -> Mapping[str, str]:
     """Return how llama.cpp serves an exported adapter on the base as a GGUF file: title -> command."""
     lora = shlex.quote(f"{output}/{name}.gguf")
     # without the list in each request, the server reuses what the last request's adapter computed (llama.cpp#26207)
@@ -134,19 +134,21 @@ def llama_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> M
     }
 
 
-def adapted_names(request: ExportRequest, layout: GgufLayout, *, allow_tied: bool = False) -> dict[str, str]:
-    """Return the name in GGUF files of each adapted weight, by site.
+def adapted_names(
+    request: ExportRequest, layout: GgufLayout, if_tied: str = "Merge it: lorakit export gguf --merged."
+) -> dict[str, str]:
+    """Return the name in GGUF files of each adapted weight, by site; `if_tied` as in `check_sites`.
 
     Raises:
         AdapterError: Sites have none, or are not those of the base; it names all of them.
     """
     adapter = request.adapter
-    check_sites(adapter, layout.shape, "llama.cpp", allow_tied=allow_tied)
+    check_sites(adapter, layout.shape, "llama.cpp", if_tied)
     kinds = {site.path: site.kind for site in layout.shape.sites}
     names = {path: layout.name(path) for path in adapter.weights.factors}
     lacking = [path for path, name in names.items() if name is None or (kinds[path] == EMBEDDING and name != TOKENS)]
     if lacking:
-        text = f"{adapter.folder}: llama.cpp cannot adapt {format_some(lacking)}. Merge the adapter (lorakit merge)."
+        text = f"{adapter.folder}: llama.cpp cannot adapt {format_some(lacking)}. {MERGE}"
         raise AdapterError(text, what=lacking[0], where=adapter.folder)
     return {path: name for path, name in names.items() if name is not None}
 

@@ -66,7 +66,7 @@ def write_merged_gguf(request: ExportRequest, folder: Path) -> Exported:
     """
     layout = layout_of(request)
     base = GgufBase(base_gguf(request.known_base, request.base_gguf), layout)
-    names = adapted_names(request, layout, allow_tied=True)
+    names = adapted_names(request, layout, if_tied="")
     doubt = base.check(request)
     file, template = folder / "model.gguf", chat_template(request.adapter.folder)
     _write(request, base, _weights(request, base, {f"{n}.weight": path for path, n in names.items()}), file, template)
@@ -76,7 +76,7 @@ def write_merged_gguf(request: ExportRequest, folder: Path) -> Exported:
     return Exported(named, request.known_base.recorded_name, (doubt,) if doubt else ())
 
 
-def merged_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
+def merged_commands(name: str, base: str, rank: int, output: str) -> Mapping[str, str]:
     """Return how llama.cpp and Ollama load a merged model: title -> command."""
     file = shlex.quote(f"{output}/{name}.gguf")
     small = shlex.quote(f"{output}/{name}-Q4_K_M.gguf")

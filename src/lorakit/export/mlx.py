@@ -16,10 +16,12 @@ from torch import Tensor
 
 from lorakit.config import CONFIG_FILE
 from lorakit.durable import write_bytes, write_json
-from lorakit.export.conditions import unread_rope
+from lorakit.errors import AdapterError, UsageError
+from lorakit.export.conditions import HEAD, unread_rope
 from lorakit.export.request import Exported, ExportRequest, versioned
 from lorakit.export.rules import REMEDIES
 from lorakit.export.sites import check_sites, tested_base
+from lorakit.tables import format_some
 
 MLX_WEIGHTS = "adapters.safetensors"
 
@@ -37,7 +39,7 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
 
     Raises:
         AdapterError: The adapter has sites that mlx-lm cannot adapt.
-        UsageError: The architecture was not tested.
+        UsageError: The architecture was not tested, or mlx-lm cannot read the base.
 
     Source:
         mlx_lm/tuner/utils.py and mlx_lm/tuner/lora.py (0.32.2).
@@ -45,8 +47,14 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     adapter, source = request.adapter, request.known_base
     base = tested_base(request, ROOTS, "mlx-lm")
     shape = base.shape
+    if source.kind == "gguf" and not request.served_base:
+        text = f"{source.given}: mlx-lm reads no GGUF files; pass a directory with the same weights as --served-base."
+        raise UsageError(text, where=source.given, field="served_base")
     check_sites(adapter, shape, "mlx-lm")
     root = ROOTS.get(base.model_type, "model.")
+    if outside := [path for path in adapter.weights.factors if not path.startswith(root) and path != HEAD]:
+        text = f"{adapter.folder}: mlx-lm has no {format_some(outside)}, and would answer without it."
+        raise AdapterError(text, what=outside[0], where=adapter.folder)
     tensors, keys, first = dict[str, Tensor](), set[str](), shape.layers
     for path, factor in adapter.weights.factors.items():
         there = f"model.{path.removeprefix(root)}" if path.startswith(root) else path
@@ -65,7 +73,7 @@ def write_mlx(request: ExportRequest, folder: Path) -> Exported:
     return Exported(name, served, notes)
 
 
-def mlx_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
+def mlx_commands(name: str, base: str, rank: int, output: str) -> Mapping[str, str]:
     """Return how mlx-lm loads an exported adapter: title -> command."""
     options = f"--model {shlex.quote(base)} --adapter-path {shlex.quote(output)}"
     return {

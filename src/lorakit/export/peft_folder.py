@@ -35,7 +35,7 @@ def write_peft(request: ExportRequest, folder: Path) -> Exported:
     return Exported(name, base)
 
 
-def serving_commands(name: str, base: str, rank: int, output: str = "OUTPUT") -> Mapping[str, str]:
+def serving_commands(name: str, base: str, rank: int, output: str) -> Mapping[str, str]:
     """Return how runtimes serve an exported adapter: runtime -> command, or Python code (Ray).
 
     Source:

@@ -66,11 +66,12 @@ REMEDIES: Mapping[str, str] = {
     "rank": "start the runtime with --max-lora-rank {limit}, or reduce the rank: lorakit compress --rank",
     "retrain": "use an earlier checkpoint, or train the adapter again",
     "base": "serve the base that the adapter was trained on",
-    "template": "pass the adapter's template: --chat-template {adapter}",
+    "template": "pass the adapter's template: --chat-template {template}",
     "theta": "add rope_theta to the base's config.json at the top level, or save the base with lorakit, which adds it",
     "resize": "resize the base first: model.resize_token_embeddings",
 }
-"""Name -> what to do, with the adapter, the format of `lorakit export`, and the limit of the rank."""
+"""Name -> what to do, with the adapter, its chat template, the format of `lorakit export`, and the limit
+of the rank."""
 
 _VLLM_HELPER = "vllm/lora/peft_helper.py: "
 _VLLM_MODEL = "vllm/lora/lora_model.py: "

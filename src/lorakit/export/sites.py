@@ -32,25 +32,33 @@ def tested_base(request: ExportRequest, tested: Collection[str], runtime: str) -
     return base
 
 
-def check_sites(adapter: CommonAdapter, shape: ModelShape, runtime: str, *, allow_tied: bool = False) -> None:
+MERGE = "Merge the adapter (lorakit merge)."
+
+
+def check_sites(adapter: CommonAdapter, shape: ModelShape, runtime: str, if_tied: str = MERGE) -> None:
     """Check that an adapter's sites are linear layers and embeddings of its base that a runtime can adapt.
 
+    `if_tied` is the advice if sites share their weight, or "" if that is allowed.
+
     Raises:
-        AdapterError: Sites are something else, have other shapes or, unless `allow_tied`, share their weight; it names
-            all of them.
+        AdapterError: Sites are something else, have other shapes or share their weight; it names all of them.
     """
     sites = {site.path: site for site in shape.sites}
     tied = {path for site in shape.sites if site.tied_to for path in (site.path, site.tied_to)}
+    absent, other = "not a linear layer or embedding of the base", f"not of the shape that {shape.source} has"
+    tied_to = "tied to each other, where the runtime adapts both"
+    advice = {absent: MERGE, other: "Pass the base that the adapter was trained on as --model.", tied_to: if_tied}
     problems = dict[str, list[str]]()
     for path, factor in adapter.weights.factors.items():
         site = sites.get(path)
         if factor.bare is not None or site is None:
-            problems.setdefault("not a linear layer or embedding of the base", []).append(path)
+            problems.setdefault(absent, []).append(path)
         elif (factor.B.shape[0], *factor.A.shape[1:]) != (site.out_features, site.in_features):
-            problems.setdefault(f"not of the shape that {shape.source} has", []).append(path)
-        elif path in tied and not allow_tied:
-            problems.setdefault("tied to each other, where the runtime adapts both", []).append(path)
+            problems.setdefault(other, []).append(path)
+        elif path in tied and if_tied:
+            problems.setdefault(tied_to, []).append(path)
     if problems:
         found = "; ".join(f"{format_some(paths)}: {problem}" for problem, paths in problems.items())
-        text = f"{adapter.folder}: {runtime} cannot adapt {found}. Merge the adapter (lorakit merge)."
+        remedies = " ".join(dict.fromkeys(advice[problem] for problem in problems))
+        text = f"{adapter.folder}: {runtime} cannot adapt {found}. {remedies}"
         raise AdapterError(text, what=next(iter(problems.values()))[0], where=adapter.folder)

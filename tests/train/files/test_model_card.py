@@ -110,7 +110,7 @@ def test_the_commands_for_other_runtimes_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = adapted(base, tmp_path / "notes", rank_pattern={"q_proj": 20})
-    expected = serving_commands("NAME@HASH12", BASE, 20)
+    expected = serving_commands("NAME@HASH12", BASE, 20, "OUTPUT")
     assert "--max-lora-rank 32 " in expected["vLLM"]
     assert f"{expected['vLLM']}  # vLLM" in card and f"{expected['SGLang']}  # SGLang" in card
     monkeypatch.chdir(tmp_path)
@@ -164,6 +164,9 @@ def test_what_other_runtimes_cannot_apply(
 def test_adapters_that_wait_for_tokens(base: Path, tmp_path: Path) -> None:
     card = adapted(base, tmp_path / "notes", alora_invocation_tokens=[1])
     assert "(aLoRA)" in card and "vllm serve" not in card
+    (block,) = blocks(card, "sh", base, tmp_path / "notes")
+    assert "llama-cli" in block
+    assert main(shlex.split(block.splitlines()[0].replace("OUTPUT", str(tmp_path / "out")))[1:]) == 0
 
 
 def test_an_export_has_a_card(base: Path, tmp_path: Path) -> None:

@@ -157,24 +157,25 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
     """Return the commands with which other runtimes load an adapter, or a model merged from it; "" for most tasks."""
     if task_of_adapter(config, facts.get("training")).task is not CAUSAL_LM:
         return ""
-    if core.invocations_of(config):
-        return "It waits for tokens (aLoRA), which vLLM, SGLang and mlx-lm reject.\n"
     base, rank = published_base(config) or BASE, max([config.r, *config.rank_pattern.values()])
     if besides := core.besides_lora(config):
         merge = f"lorakit merge --model {base} --adapter {HERE} --output-dir MERGED"
         text = f"Other runtimes cannot apply {', '.join(besides)}. Merge the adapter, and serve MERGED as a model:"
         return f"{text}\n\n```sh\n{merge}\n```\n"
-    blocks, seen = [], set[str]()
+    blocks, seen, waits = [], set[str](), bool(core.invocations_of(config))
     for name, entry in FORMATS.items():
+        if waits and not entry.takes_invocation:
+            continue
         given = entry.flags.format(base=base)
         made = [] if export and entry.is_library else [f"lorakit export {name} {HERE} {given} --output-dir OUTPUT"]
-        commands = entry.commands(export[1] if export else "NAME@HASH12", base, rank)
+        commands = entry.commands(export[1] if export else "NAME@HASH12", base, rank, "OUTPUT")
         shown = {title: command for title, command in commands.items() if title in RUNTIMES and title not in seen}
         seen |= shown.keys()
         if shown:
             lines = [*made, *(f"{command}  # {title}" for title, command in shown.items())]
             blocks.append("```sh\n" + "\n".join(lines) + "\n```\n")
-    return "In other runtimes:\n\n" + "\n".join(blocks)
+    title = "It waits for tokens (aLoRA), which vLLM, SGLang and mlx-lm reject" if waits else "In other runtimes"
+    return f"{title}:\n\n" + "\n".join(blocks)
 
 
 def record_verification(folder: Path, report: JsonObject) -> str | None:
