@@ -49,6 +49,12 @@ COMMANDS = {
 }
 
 
+def test_an_export_is_named_after_the_repository(hub: StoredHub, tmp_path: Path) -> None:
+    assert cli.main(["export", "vllm", "owner/one@v2", "--output-dir", "out", "--served-base", "base"]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name.startswith("one@")
+
+
 @pytest.mark.filterwarnings("ignore:.*was edited")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_takes_an_adapter_on_the_hub(

@@ -14,6 +14,7 @@ from lorakit.cli.adapters import NAME, naming_flags
 from lorakit.cli.early import adapter_folders, check_at_least, check_model, check_new_directory
 from lorakit.durable import JsonObject
 from lorakit.errors import AdapterError, UsageError
+from lorakit.hub_cache import split_revision
 from lorakit.terminal import working
 
 
@@ -98,7 +99,7 @@ def run(
         base = resolve_base(named, flags.model, given, console.note)
     request = ExportRequest(
         adapter=common,
-        name=check_name(flags.name or name_of(Path(folder))),
+        name=check_name(flags.name or name_of(Path(folder if Path(given).exists() else split_revision(given)[0]))),
         base=base,
         served_base=flags.served_base,
         allow_untested=flags.untested_architecture,

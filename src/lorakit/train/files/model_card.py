@@ -168,7 +168,7 @@ def _elsewhere(config: LoraConfig, facts: JsonObject, export: tuple[Path, str] |
             continue
         given = entry.flags.format(base=base)
         made = [] if export and entry.is_library else [f"lorakit export {name} {HERE} {given} --output-dir OUTPUT"]
-        commands = entry.commands(export[1] if export else "NAME@HASH12", base, rank, "OUTPUT")
+        commands = entry.commands(export[1] if export and entry.is_library else "NAME@HASH12", base, rank, "OUTPUT")
         shown = {title: command for title, command in commands.items() if title in RUNTIMES and title not in seen}
         seen |= shown.keys()
         if shown:
