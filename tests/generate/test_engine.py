@@ -1,299 +1,319 @@
-"""lorakit.generate.engine: equal to transformers token by token, a batch equal to its single rows, errors."""
+"""lorakit.generate.engine: rows that join and leave have the tokens that they have alone; turns, memory, faults."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import itertools
-import weakref
-from collections.abc import Iterator, Sequence
+import random
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from lorakit import core
-from lorakit.config import LoraConfig
-from lorakit.core.layers import batched
-from lorakit.errors import ConfigError, ModelError, NonFiniteError, RouteError, UsageError
-from lorakit.generate import NewToken, Sampling, context_tokens, generate, generate_batch
+from lorakit.errors import NonFiniteError, RouteError, UsageError
+from lorakit.generate import (
+    Continuation,
+    Engine,
+    Failure,
+    NewToken,
+    PromptRead,
+    Sampling,
+    generate_batch,
+    rows_are_independent,
+)
+from lorakit.generate.blocks import BLOCK
+from lorakit.generate.rows import CHUNK
 
-PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50], [300, 2, 300]]
+from ..laws.zoo import GPT2, INVOCATION, LLAMA, Specimen, randomise
 
-
-def rows_of(stream: Iterator[NewToken], count: int) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in range(count)]
-    for new in stream:
-        rows[new.row].append(new.token)
-    return rows
-
-
-def alone(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
-    return list(generate(model, prompt, max_new_tokens=12, **options))
-
-
-def attach_strong(model: Any, name: str, seed: int, targets: Any = "all-linear", **fields: Any) -> None:
-    """Attach an adapter with a random B, large enough to change the generated tokens."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": targets, **fields})
-    core.attach(model, config, name, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for path, parameter in core.trainable_parameters(model, name):
-        if "lora_B" in path:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+LONG = [6 + (i * i) % 251 for i in range(3 * CHUNK + 10)]
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def model(request: pytest.FixtureRequest) -> Any:
-    """Return a small model with weights large enough that it does not repeat one token."""
-    made = request.getfixturevalue(request.param)
+def run(engine: Engine, given: Sequence[Continuation], per_step: int = 100) -> dict[int, list[Any]]:
+    """Submit some continuations before each step, and return what each row yields."""
+    found, left = defaultdict(list), list(given)
+    while left or not engine.is_idle:
+        for one in left[:per_step]:
+            engine.submit(one)
+        left = left[per_step:]
+        for event in engine.step():
+            found[event.row].append(event)
+    return found
+
+
+def tokens(events: Sequence[Any]) -> list[int]:
+    return [event.token for event in events if isinstance(event, NewToken)]
+
+
+def long_llama(**fields: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=320, max_position_embeddings=1024, num_key_value_heads=2, **sizes, **fields)
+    model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if (parameter.ndim == 2 and ".layers." in name) or ".h." in name:
-                parameter.mul_(12)
-    return made
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model
 
 
-@pytest.fixture
-def adapted(model: Any) -> Any:
-    attach_strong(model, "one", 1)
-    attach_strong(model, "two", 2, use_dora=True)
+def adapted(model: Any, *names: str) -> Any:
+    for seed, name in enumerate(names, 1):
+        fields = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"} if name.startswith("alora") else {}
+        fields |= {"use_dora": True} if name.startswith("dora") else {}
+        core.attach(model, core_config(r=2**seed, **fields), name)
+        randomise(model, name, seed)
     return model.eval()
 
 
-def test_greedy_is_what_transformers_generates(model: Any) -> None:
-    assert len(set(alone(model, PROMPTS[0]))) > 3
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        theirs = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert alone(model, prompt) == theirs[0, len(prompt) :].tolist()
+def core_config(**fields: Any) -> Any:
+    from lorakit.config import LoraConfig
+
+    return LoraConfig(target_modules="all-linear", **fields)
 
 
-@pytest.mark.parametrize("architecture", ["OPT", "Bloom", "GPTNeoX", "Qwen3"])
-def test_models_that_count_positions_in_other_ways(architecture: str) -> None:
-    import transformers
+def mixed(names: Sequence[str | None], count: int, seed: int = 0) -> list[Continuation]:
+    choose = random.Random(seed)
+    rows = []
+    for number in range(count):
+        begin, length = choose.randrange(100), choose.choice([1, 5, 33, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
+        sampling = Sampling(choose.choice([0.0, 1.0]), seed=number)
+        prompt = (*LONG[begin : begin + length // 2], 7, 8, *LONG[begin : begin + length // 2])
+        rows.append(Continuation(prompt, choose.choice([1, 4, 12]), sampling, names[number % len(names)]))
+    return rows
 
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 512}
-    more = {"OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}}
-    config = getattr(transformers, f"{architecture}Config")(
-        **sizes,
-        **more.get(architecture, {}),
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
+
+def test_rows_that_join_and_leave_have_the_tokens_of_each_alone() -> None:
+    names = [None, "plain", "dora", "alora", "other"]
+    model = adapted(long_llama(), *filter(None, names))
+    rows = mixed(names, 20)
+    together = run(Engine(model, rows=6, prefix_tokens=2 * CHUNK), rows, per_step=2)
+    for number, row in enumerate(rows):
+        alone = tokens(run(Engine(model), [row])[0])
+        assert tokens(together[number]) == alone
+        assert len(alone) == row.max_new_tokens
+    assert len({tuple(tokens(run(Engine(model), [Continuation((5, 6, 7, 8), 8, adapter=n)])[0])) for n in names}) == 5
+
+
+def test_in_bf16_the_logits_have_the_bits_of_each_row_alone() -> None:
+    """The law of a server: where the probe holds, log-probabilities are equal, not only close."""
+    names = [None, "plain", "other"]
+    model = adapted(long_llama().to(torch.bfloat16), "plain", "other")
+    rows = [
+        Continuation(row.prompt, row.max_new_tokens, row.sampling, row.adapter, logprobs=5) for row in mixed(names, 12)
+    ]
+    together = run(Engine(model, rows=5, prefix_tokens=2 * CHUNK), rows, per_step=3)
+    is_independent = rows_are_independent(model, ["plain", "other"])
+    for number, row in enumerate(rows):
+        alone = run(Engine(model), [row])[0]
+        for one, other in zip(together[number], alone, strict=True):
+            if is_independent:
+                assert (one.token, one.logprobs) == (other.token, other.logprobs)
+            else:
+                assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=0.1)
+
+
+@pytest.mark.parametrize("window", [8, 40])
+def test_a_sliding_window_is_each_rows_own(window: int) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
     torch.manual_seed(0)
-    other = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
-    ids = torch.tensor([PROMPTS[0]])
-    theirs = other.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    one_by_one = [alone(other, prompt) for prompt in PROMPTS]
-    assert one_by_one[0] == theirs[0, len(PROMPTS[0]) :].tolist()
-    assert rows_of(generate_batch(other, PROMPTS, max_new_tokens=12), len(PROMPTS)) == one_by_one
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MistralForCausalLM(MistralConfig(vocab_size=320, num_key_value_heads=2, sliding_window=window, **sizes))
+    prompts = [LONG[:n] for n in (3, 60, 20, 150)]
+    rows = [Continuation(tuple(prompt), 10) for prompt in prompts]
+    together = run(Engine(model.eval()), rows)
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        assert tokens(together[number]) == theirs[0, len(prompt) :].tolist()
 
 
-def test_a_batch_is_its_rows_one_by_one(model: Any) -> None:
-    together = rows_of(generate_batch(model, PROMPTS, max_new_tokens=12), len(PROMPTS))
-    assert together == [alone(model, prompt) for prompt in PROMPTS]
+def test_a_model_whose_cache_is_no_keys_and_values_runs_row_by_row() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    prompts = [[5, 6, 7], LONG[:20]]
+    together = run(Engine(model, prefix_tokens=CHUNK), [Continuation(tuple(prompt), 6) for prompt in prompts])
+    for number, prompt in enumerate(prompts):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+        assert tokens(together[number]) == theirs[0, len(prompt) :].tolist()
 
 
-def test_a_sampled_batch_is_its_rows_one_by_one(model: Any) -> None:
-    samplings = [Sampling(1.0, seed=seed, top_p=0.9) for seed in range(len(PROMPTS))]
-    together = rows_of(generate_batch(model, PROMPTS, max_new_tokens=12, sampling=samplings), len(PROMPTS))
-    expected = [alone(model, ids, temperature=1.0, top_p=0.9, seed=seed) for seed, ids in enumerate(PROMPTS)]
-    assert together == expected
-    assert together != rows_of(generate_batch(model, PROMPTS, max_new_tokens=12), len(PROMPTS))
+@pytest.mark.parametrize("specimen", [LLAMA, GPT2], ids=str)
+def test_rows_with_invocation_tokens_continue_as_each_does_alone(specimen: Specimen) -> None:
+    model = specimen.model()
+    for seed, (name, invocation) in enumerate({"a": list(INVOCATION), "b": [5], "plain": None}.items()):
+        fields = {} if invocation is None else {"alora_invocation_tokens": invocation, "task_type": "CAUSAL_LM"}
+        core.attach(model, specimen.config(**fields), name)
+        randomise(model, name, 80 + seed)
+    shared = [9, 8, 7, 11, 12, 13]
+    prompts = [[*shared, 3, 4, 20], [*shared, 5], [*shared, 3, 4, 21, 22, 23], [1, 2], [*shared, 14]]
+    names = ["a", "b", None, "plain", "a"]
+    found: list[list[int]] = [[] for _ in prompts]
+    for new in generate_batch(model, prompts, max_new_tokens=5, adapters=names):
+        found[new.row].append(new.token)
+    for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        expected, ids = [], list(prompt)
+        for _ in range(5):  # without a cache
+            begins = core.invoked(model, torch.tensor([prompt]))
+            with torch.no_grad(), core.use(model, name) if name else core.disable(model), begins:
+                logits = model(torch.tensor([ids])).logits
+            expected.append(int(logits[0, -1].argmax()))
+            ids.append(expected[-1])
+        assert found[row] == expected
 
 
-def test_a_batch_of_mixed_adapters_is_its_rows_one_by_one(adapted: Any) -> None:
-    names = ["one", None, "two", "one"]
-    together = rows_of(generate_batch(adapted, PROMPTS, max_new_tokens=12, adapters=names), len(PROMPTS))
-    expected = []
-    for prompt, name in zip(PROMPTS, names, strict=True):
-        with core.disable(adapted) if name is None else core.use(adapted, name):
-            expected.append(alone(adapted, prompt))
-    assert together == expected
-    answers = [
-        rows_of(generate_batch(adapted, PROMPTS[:1], max_new_tokens=12, adapters=[n]), 1)[0]
-        for n in ("one", "two", None)
-    ]
-    assert all(a != b for a, b in itertools.combinations(answers, 2))
+def test_a_prompt_that_begins_like_another_reads_only_the_rest() -> None:
+    model = adapted(long_llama(), "plain", "alora")
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    engine = Engine(model, prefix_tokens=8 * CHUNK)
+
+    def read(prompt: Sequence[int], adapter: str | None) -> tuple[list[int], list[int]]:
+        seen.clear()
+        found = tokens(run(engine, [Continuation(tuple(prompt), 3, adapter=adapter)])[engine.submitted - 1])
+        return [count for count in seen if count > 1], found
+
+    whole, alike = LONG[: 2 * CHUNK + 9], [*LONG[:CHUNK], *LONG[: CHUNK + 4]]
+    assert read(whole, "plain")[0] == [CHUNK, CHUNK, 9]
+    assert read(whole, "plain")[0] == [9]
+    assert read(alike, "plain")[0] == [CHUNK, 4]
+    assert read(whole, None)[0] == [CHUNK, CHUNK, 9]  # keys and values of another adapter
+    invoked = [*LONG[: CHUNK + 50], 7, 8, *LONG[:100]]
+    counts, found = read(invoked, "alora")
+    assert counts == [CHUNK, len(invoked) - 2 * CHUNK]  # the first chunk is that of the base
+    assert found == tokens(run(Engine(model), [Continuation(tuple(invoked), 3, adapter="alora")])[0])
+    assert read(LONG[:CHUNK], "plain")[0] == [CHUNK]  # the last token is always read
+    engine.forget("plain")
+    assert read(whole, "plain")[0] == [CHUNK, CHUNK, 9]
+    assert Engine(model, prefix_tokens=CHUNK - 1).counts["tokens"] == 0
 
 
-def test_the_head_gets_rows_that_lie_side_by_side(tiny_llama: Any) -> None:
-    """Request the last position as an index: a matmul with a slice takes hundreds of times as long in bf16."""
-    seen: list[tuple[tuple[int, ...], bool]] = []
-    hook = tiny_llama.lm_head.register_forward_pre_hook(
-        lambda _, args: seen.append((tuple(args[0].shape[:2]), args[0].is_contiguous()))
-    )
-    list(generate_batch(tiny_llama.eval(), PROMPTS, max_new_tokens=3))
-    hook.remove()
-    assert seen == [((4, 1), True)] * 3
+def test_few_prefixes_are_kept_and_their_memory_is_given_back() -> None:
+    engine = Engine(long_llama(), prefix_tokens=2 * CHUNK)
+    for begin in range(5):
+        run(engine, [Continuation(tuple(LONG[begin : begin + 2 * CHUNK + 1]), 2)])
+        assert engine.counts["tokens"] == 2 * CHUNK
+    engine.reset()
+    assert engine.counts == {"waiting": 0, "reading": 0, "open": 0, "tokens": 0, "bytes": 0}
 
 
-@pytest.mark.costly
-@pytest.mark.parametrize("given", [True, False])
-def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
-    model: Any, given: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows with adapters of different ranks give the same as each adapter alone, with the route passed or active."""
-    for seed, rank in enumerate([4, 1, 8, 3]):
-        attach_strong(model, f"of_{rank}", seed, r=rank)
-    names, stacks = ["of_3", "of_8", None, "of_1"], []
-    make = batched._stack
-    monkeypatch.setattr(batched, "_stack", lambda *of: stacks.append(weakref.ref(made := make(*of))) or made)
-    with contextlib.nullcontext() if given else core.route(model, names):
-        stream = generate_batch(model.eval(), PROMPTS, max_new_tokens=12, adapters=names if given else None)
-    together: list[list[int]] = [[] for _ in names]
-    for new in stream:
-        together[new.row].append(new.token)
-        assert all(stack() is not None for stack in stacks)
-    sites = sum(isinstance(module, core.LoraLayer) for module in model.modules())
-    assert len(stacks) == 3 * sites  # ranks 8, 3 and 1: none is more than half of the one before
-    gc.collect()
-    assert not any(stack() for stack in stacks)
-    for prompt, name, tokens in zip(PROMPTS, names, together, strict=True):
-        with core.disable(model) if name is None else core.use(model, name):
-            assert alone(model, prompt) == tokens
-
-
-def test_an_adapter_that_is_trained_between_two_tokens_acts_as_it_is(model: Any) -> None:
-    attach_strong(model, "one", 1)
-    attach_strong(model, "two", 2)
-    streams = [
-        generate_batch(model.eval(), PROMPTS[:2], max_new_tokens=12, adapters=["one", n]) for n in ("two", "one")
-    ]
-    begun = [[new.token for new in itertools.islice(stream, 8)] for stream in streams]  # of two adapters, and of one
-    before = rows_of(generate_batch(model, PROMPTS[:2], max_new_tokens=12, adapters=["one", "two"]), 2)[0]
-    with torch.no_grad():
-        for path, parameter in core.trainable_parameters(model, "one"):
-            parameter.mul_(-1 if "lora_B" in path else 1)
-    first, second = ((head + [new.token for new in stream])[::2] for head, stream in zip(begun, streams, strict=True))
-    assert first == second
-    assert first[:4] == before[:4]
-    assert first != before
-
-
-def test_cached_factors_are_checked_once_per_token(adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check takes less time at the start of a forward pass than at each site."""
-    checks: list[Any] = []
-    still = batched.Stacks.still
-    monkeypatch.setattr(batched.Stacks, "still", lambda stacks, layer: checks.append(layer) or still(stacks, layer))
-    sites = sum(isinstance(module, core.LoraLayer) for module in adapted.modules())
-    stream = generate_batch(adapted, PROMPTS[:2], max_new_tokens=5, adapters=["one", "two"])
-    seen = [(new.row, len(checks)) for new in stream]
-    assert seen[-1] == (1, len(checks))
-    counts = [count for row, count in seen if row == 0]
-    assert [after - before for before, after in itertools.pairwise(counts)][1:] == [sites] * 3
-
-
-def test_the_route_is_the_one_in_force_at_the_call(adapted: Any) -> None:
-    core.activate(adapted, "one")
-    with core.use(adapted, "two"):
-        stream = generate(adapted, PROMPTS[0], max_new_tokens=12)
-        inside = alone(adapted, PROMPTS[0])
-    assert list(stream) == inside
-    assert alone(adapted, PROMPTS[0]) != inside
-
-
-def test_an_open_stream_leaves_no_trace_on_whoever_reads_it(adapted: Any) -> None:
-    core.activate(adapted)
-    base = adapted(torch.tensor(PROMPTS[:1])).logits
-    stream = generate_batch(adapted, PROMPTS[:1], max_new_tokens=3, adapters=["one"])
-    next(stream)
-    assert torch.is_grad_enabled()
-    assert torch.equal(adapted(torch.tensor(PROMPTS[:1])).logits, base)
-
-
-def test_it_ends_at_an_end_token_which_is_the_last_to_come(model: Any) -> None:
-    whole = alone(model, PROMPTS[0])
-    end = next(token for token in whole if whole.index(token) > 1)
-    assert alone(model, PROMPTS[0], eos_ids=(end, 511)) == whole[: whole.index(end) + 1]
-
-
-def test_each_row_says_why_it_ended(tiny_gpt2: Any) -> None:
-    lone = alone(tiny_gpt2, PROMPTS[0])
-    end = lone[2]
-    long = [7] * 125
-    endings = {}
-    for new in generate_batch(tiny_gpt2, [PROMPTS[0], long, PROMPTS[1]], max_new_tokens=12, eos_ids={end}):
-        endings.setdefault(new.row, []).append(new.ended)
-    expected = lone.index(end)
-    assert endings[0] == [None] * expected + ["eos"]
-    assert endings[1] in ([None, None, "context"], ["eos"], [None, "eos"], [None, None, "eos"])
-    assert endings[2][-1] in ("length", "eos")
-
-
-def test_it_stops_where_the_context_is_full(model: Any) -> None:
-    assert context_tokens(model) == 128
-    tokens = list(generate_batch(model, [[7] * 120, [7] * 3], max_new_tokens=20))
-    assert [(t.row, t.ended) for t in tokens if t.ended] == [(0, "context"), (1, "length")]
-    assert sum(t.row == 0 for t in tokens) == 8
-    assert rows_of(iter(tokens), 2)[1] == list(generate(model, [7] * 3, max_new_tokens=20))
-
-
-def test_a_tensor_is_a_prompt_too(model: Any) -> None:
-    assert alone(model, torch.tensor(PROMPTS[:1])) == alone(model, torch.tensor(PROMPTS[0])) == alone(model, PROMPTS[0])
-
-
-def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tiny_gpt2: Any) -> None:
-    with pytest.raises(UsageError):
-        generate(tiny_gpt2, [], max_new_tokens=1)
-    tiny_gpt2.forward = None  # would fail if it were called
-    with pytest.raises(TypeError):
-        generate(tiny_gpt2, [1], max_new_tokens=1)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "said"),
-    [
-        ([], "no prompt to continue"),
-        ([[]], "the prompt is empty"),
-        ([[1], []], "prompt 2 of 2 is empty"),
-        ([[1, 512]], "the prompt contains the token id 512, but the valid ids are 0 to 511"),
-        ([[-1]], "the prompt contains the token id -1"),
-        ([[1] * 128], "the prompt has 128 tokens, but the model supports at most 128"),
-    ],
-)
-def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]], said: str) -> None:
+def test_rows_wait_until_there_is_memory_and_a_place() -> None:
+    model = long_llama()
+    engine = Engine(model, rows=2, tokens=4 * BLOCK)
+    for length in (BLOCK, BLOCK, 2 * BLOCK, 5):
+        engine.submit(Continuation(tuple(LONG[:length]), BLOCK))  # 2, 2, 3 and 2 blocks
+    most = 0
+    while not engine.is_idle:
+        engine.step()
+        counts = engine.counts
+        assert counts["reading"] + counts["open"] <= 2
+        most = max(most, counts["tokens"])
+    assert most == 4 * BLOCK
+    assert engine.counts["tokens"] == 0
     with pytest.raises(UsageError) as caught:
-        generate_batch(tiny_gpt2, prompts, max_new_tokens=1)
-    assert said in str(caught.value)
+        engine.submit(Continuation(tuple(LONG[: 3 * BLOCK]), BLOCK + 1))
+    assert caught.value.field == "max_new_tokens"
+    assert engine.is_idle
 
 
-def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
-    with pytest.raises(ConfigError, match="max_new_tokens is 0; it must be at least 1"):
-        generate(tiny_gpt2, [1], max_new_tokens=0)
-    with pytest.raises(UsageError, match="prompts is 1, but the number of sampling settings is 2"):
-        generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
-    with pytest.raises(UsageError, match="prompts is 1, but the number of adapters is 2"):
-        generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, adapters=[None, None])
-    with pytest.raises(UsageError, match=r"generate continues one prompt, of shape .* got \("):
-        generate(tiny_gpt2, torch.tensor([[1], [2]]), max_new_tokens=1)
-    with pytest.raises(ModelError, match="in training mode, so dropout would affect the output"):
-        generate(tiny_gpt2.train(), [1], max_new_tokens=1)
+def test_a_row_that_is_cancelled_frees_its_memory_at_once() -> None:
+    engine = Engine(long_llama())
+    keep, drop = (engine.submit(Continuation(tuple(LONG[:n]), 20)) for n in (10, 2 * CHUNK))
+    engine.step()
+    engine.step()
+    engine.cancel(drop)
+    assert engine.counts["tokens"] == BLOCK
+    assert {event.row for event in engine.step()} == {keep}
+    engine.cancel(drop)  # again: nothing
+    engine.cancel(keep)
+    assert engine.is_idle
+    assert engine.counts["tokens"] == 0
 
 
-def test_an_unknown_adapter_is_refused(adapted: Any) -> None:
-    with pytest.raises(RouteError, match="Adapter 'three' not found on this model; available: one, two"):
-        generate_batch(adapted, PROMPTS[:2], max_new_tokens=1, adapters=["one", "three"])
+def test_owners_take_turns_and_so_do_their_adapters() -> None:
+    """One owner submits many long prompts; another owner, who comes later, waits for one chunk at most."""
+    model = adapted(long_llama(), "plain")
+    engine, long = Engine(model), tuple(LONG[: 3 * CHUNK])
+    for _ in range(4):
+        engine.submit(Continuation(long, 1, owner="many"))
+    engine.step()
+    few = engine.submit(Continuation((5, 6), 1, owner="few"))
+    adapter = engine.submit(Continuation(long, 1, adapter="plain", owner="many"))
+    assert [event.row for event in engine.step()] == [few]
+    order = [event.row for _ in range(15) for event in engine.step()]
+    assert order.index(adapter) <= 1  # before the other three of its owner
 
 
-def test_a_model_without_a_cache_is_refused() -> None:
-    with pytest.raises(ModelError, match="Linear does not accept a key-value cache"):
-        generate(torch.nn.Linear(2, 2).eval(), [1], max_new_tokens=1)
-
-
-def test_logits_that_are_no_numbers_stop_it(tiny_gpt2: Any) -> None:
+def test_a_damaged_adapter_ends_its_own_rows_only() -> None:
+    model = adapted(long_llama(), "plain", "damaged")
     with torch.no_grad():
-        tiny_gpt2.transformer.ln_f.bias[0] = torch.nan
-    with pytest.raises(NonFiniteError, match="The logits for row 0 are NaN or infinite at new token 1"):
-        list(generate(tiny_gpt2, [1], max_new_tokens=3))
+        model.get_submodule("model.layers.0.mlp.down_proj").lora_B["damaged"].weight.fill_(torch.nan)
+    rows = [Continuation(tuple(LONG[: 9 + n]), 6, adapter=[None, "plain", "damaged"][n % 3]) for n in range(9)]
+    expected = [tokens(run(Engine(model), [row])[0]) for row in rows if row.adapter != "damaged"]
+    engine = Engine(model)
+    for _ in range(2):
+        found = run(engine, rows)
+        first = min(found)
+        failed = [found[first + n] for n in range(9) if n % 3 == 2]
+        assert all(isinstance(event, Failure) and isinstance(event.error, NonFiniteError) for (event,) in failed)
+        assert [tokens(found[first + n]) for n in range(9) if n % 3 != 2] == expected
+    assert engine.counts["tokens"] == 0
+
+
+def test_log_probabilities_are_those_of_one_forward_pass() -> None:
+    model = long_llama()
+    prompt = tuple(LONG[: CHUNK + 20])
+    read, *new = run(Engine(model, prefix_tokens=4 * CHUNK), [Continuation(prompt, 5, logprobs=2, prompt_logprobs=3)])[
+        0
+    ]
+    assert isinstance(read, PromptRead)
+    ids = torch.tensor([[*prompt, *tokens(new)]])
+    with torch.no_grad():
+        expected = model(ids).logits[0].log_softmax(-1)
+    values = [*read.logprobs, *(event.logprobs for event in new)]
+    assert [one.token for one in values] == ids[0, 1:].tolist()
+    for position, one in enumerate(values):
+        best = expected[position].topk(3)
+        assert one.logprob == pytest.approx(float(expected[position, one.token]), abs=1e-4)
+        assert [token for token, _ in one.top] == best.indices[: len(one.top)].tolist()
+        assert [value for _, value in one.top] == pytest.approx(best.values[: len(one.top)].tolist(), abs=1e-4)
+    assert {len(one.top) for one in read.logprobs} == {3}
+    assert {len(event.logprobs.top) for event in new} == {2}
+
+
+def test_a_function_can_end_a_row() -> None:
+    model, prompt = long_llama(), tuple(LONG[:9])
+    whole = tokens(run(Engine(model), [Continuation(prompt, 9)])[0])
+    end = next(token for token in whole if whole.index(token) > 1)
+    events = run(Engine(model), [Continuation(prompt, 9, until=lambda token: token == end)])[0]
+    assert tokens(events) == whole[: whole.index(end) + 1]
+    assert events[-1].ended == "stop"
+
+
+def test_a_continuation_is_checked_before_it_waits() -> None:
+    engine = Engine(adapted(long_llama(), "plain"))
+    for wrong in (Continuation((), 1), Continuation((320,), 1), Continuation(tuple(range(300)) * 4, 1)):
+        with pytest.raises(UsageError):
+            engine.submit(wrong)
+    with pytest.raises(RouteError):
+        engine.submit(Continuation((1,), 1, adapter="nobody"))
+    assert engine.is_idle
+
+
+def test_an_adapter_that_replaces_another_is_not_mixed_up_with_it() -> None:
+    model = adapted(long_llama(), "plain")
+    engine, row = Engine(model, prefix_tokens=4 * CHUNK), Continuation(tuple(LONG[: CHUNK + 5]), 8, adapter="plain")
+    before = tokens(run(engine, [row])[0])
+    engine.forget("plain")
+    core.detach(model, "plain")
+    core.attach(model, core_config(r=5), "plain")
+    randomise(model, "plain", 77)
+    after = tokens(run(engine, [row])[1])
+    assert after == tokens(run(Engine(model), [row])[0])
+    assert after != before

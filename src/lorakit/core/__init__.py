@@ -26,6 +26,7 @@ from lorakit.core.model.activation import (
     activate,
     adapters,
     checkpoint_contexts,
+    continued,
     disable,
     invocation_offsets,
     invoked,
@@ -37,6 +38,7 @@ from lorakit.core.model.activation import (
     trainable_parameters,
     use,
     waits_for_tokens,
+    without_adapters,
 )
 from lorakit.core.model.base_samples import APART, Sample, agreement
 from lorakit.core.model.base_view import dequantize
@@ -60,12 +62,14 @@ from lorakit.core.operations.writing import OperationReport
 from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.quantization.packed import PackedLinear, packed_linear
 from lorakit.core.quantization.packed_layouts import AwqLinear, CompressedLinear, GptqLinear
+from lorakit.core.routing.route import AdapterBank
 from lorakit.core.statistics.moments import Statistics, load_statistics
 from lorakit.core.variants import check_invocation, invocations_of, moving_variant, variants_of
 
 __all__ = [
     "APART",
     "COMBINATION_TYPES",
+    "AdapterBank",
     "AdapterFiles",
     "AdapterSummary",
     "AttachReport",
@@ -112,6 +116,7 @@ __all__ = [
     "compare_folders",
     "compress",
     "compress_folder",
+    "continued",
     "dequantize",
     "detach",
     "disable",
@@ -159,4 +164,5 @@ __all__ = [
     "waits_for_tokens",
     "weight_file_hashes",
     "weight_file_inputs",
+    "without_adapters",
 ]

@@ -5,16 +5,21 @@ transformers; it calls a model through the interface of transformers' causal lan
 key-value cache.
 """
 
+from lorakit.generate.batch import generate, generate_batch
 from lorakit.generate.detokenizing import TextStream, Tokenizer
-from lorakit.generate.engine import Ending, NewToken, context_tokens, embedding_weight, generate, generate_batch
-from lorakit.generate.prefixes import Prefix, read_prefix
+from lorakit.generate.engine import Engine, context_tokens, rows_are_independent
+from lorakit.generate.passes import embedding_weight
+from lorakit.generate.rows import Continuation, Ending, Failure, NewToken, PromptRead
 from lorakit.generate.sampling import Sampler, Sampling, TokenLogprobs, logprobs
 from lorakit.generate.stop_strings import StopStrings
 
 __all__ = [
+    "Continuation",
     "Ending",
+    "Engine",
+    "Failure",
     "NewToken",
-    "Prefix",
+    "PromptRead",
     "Sampler",
     "Sampling",
     "StopStrings",
@@ -26,5 +31,5 @@ __all__ = [
     "generate",
     "generate_batch",
     "logprobs",
-    "read_prefix",
+    "rows_are_independent",
 ]

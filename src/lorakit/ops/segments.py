@@ -197,10 +197,14 @@ def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
     return "sorted" if run >= FULL_RUN else "rows"
 
 
+def are_short(x: Tensor, rows: Routed) -> bool:
+    """Return whether the rows x (rows, …, in) are short enough for the method "compiled"."""
+    return x.numel() // x.shape[-1] < LONG_ROW * len(x)
+
+
 def are_few(x: Tensor, rows: Routed) -> bool:
     """Return whether the rows x (rows, …, in) are short enough, and few enough, for the method "compiled"."""
-    tokens = x.numel() // x.shape[-1]
-    return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
+    return are_short(x, rows) and x.numel() // x.shape[-1] <= LONG_RUN * rows.adapters
 
 
 class _Call(NamedTuple):

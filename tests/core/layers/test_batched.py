@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core import attach, detach, disable, one_pass, route, use
+from lorakit.core import AdapterBank, attach, detach, disable, one_pass, route, use
 from lorakit.core.layers import batched
 from lorakit.core.routing.state import resolve
 
@@ -32,9 +32,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     found: list[list[str]] = []
     make = batched._stack
 
-    def noted(names: Any, factors: Any, dtype: torch.dtype) -> Any:
-        found.append(list(names))
-        return make(names, factors, dtype)
+    def noted(factors: Any, *more: Any) -> Any:
+        found.append(list(factors))
+        return make(factors, *more)
 
     monkeypatch.setattr(batched, "_stack", noted)
     return found
@@ -155,7 +155,7 @@ def test_what_is_not_plain_goes_one_by_one(made: list[list[str]]) -> None:
     model = model_with("a", "b")
     attach(model, LINEARS.config(use_dora=True), "c")
     attach(model, LINEARS.config(lora_bias=True), "d")
-    attach(model, LINEARS.config(r=7, use_rslora=True), "e")
+    attach(model, LINEARS.config(r=3, use_rslora=True), "e")
     for seed, name in enumerate("cde"):
         randomise(model, name, seed)
     with route(model, ROWS):
@@ -177,12 +177,48 @@ def test_dropout_acts_where_the_model_trains(made: list[list[str]]) -> None:
 
 def test_ranks_far_apart_have_stacks_of_their_own(made: list[list[str]]) -> None:
     model = LINEARS.model()
-    for seed, (name, rank) in enumerate({"a": 2, "b": 12, "c": 3, "d": 8, "e": 1}.items()):
+    for seed, (name, rank) in enumerate({"a": 2, "b": 12, "c": 4, "d": 9, "e": 3}.items()):
         attach(model, LoraConfig(r=rank, target_modules=["square"]), name)
         randomise(model, name, seed)
     with route(model, ROWS):
         assert_close(run(model, given()), expected(model), torch.float32)
-    assert made == [["b", "d"], ["a", "c"], ["e"]]
+    assert made == [["b", "d"], ["a"], ["c", "e"]]
+
+
+def test_routes_that_share_a_bank_stack_an_adapter_once(made: list[list[str]]) -> None:
+    """Batches change; each row's bits stay, also beside other adapters, in more slots, and after a slot changed hands."""
+    model, bank = model_with(*NAMES), AdapterBank(2, by_row=True)
+    x = given()
+
+    def rows_of(*names: str | None) -> Tensor:
+        with route(
+            model, [*names, *[None] * (len(x) - len(names))], keep=bank
+        ):  # the base's bits may need as many rows
+            return run(model, x)[: len(names)]
+
+    first = rows_of("a", "b")
+    memory = [stack.A.data_ptr() for stacks in bank.values() for stack in stacks.stacks]
+    assert torch.equal(rows_of("a"), first[:1]) and torch.equal(rows_of("a", "c", None)[0], first[0])
+    assert made == [["a", "b"]] * 2  # at two sites; "c" was added to them
+    assert torch.equal(rows_of("a", "b", "c", "d", "e")[:2], first)
+    bank.release("a")
+    randomise(model, "a", 5)
+    new = rows_of("c", "a")[1]
+    assert_close(new, expected(model, ["c", "a"])[1], torch.float32)
+    assert_differs(new, rows_of("c", "b")[1], torch.float32)
+    assert torch.equal(rows_of("d", "b")[1], first[1])
+    for name in NAMES:
+        bank.release(name)
+    assert not bank and memory
+
+
+def test_an_adapter_that_cannot_be_stacked_is_beside_those_of_a_bank() -> None:
+    model, bank = model_with("a", "b"), AdapterBank(by_row=True)
+    attach(model, LINEARS.config(use_dora=True), "c")
+    randomise(model, "c", 3)
+    for names in (["a", "b"], ["a", "c"], ["b", "a"], ["c", None]):
+        with route(model, names, keep=bank):
+            assert_close(run(model, given()[:2]), expected(model, names), torch.float32)
 
 
 def test_gradients_have_the_way_that_records_all_of_them(made: list[list[str]]) -> None:

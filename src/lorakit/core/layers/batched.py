@@ -3,8 +3,9 @@
 In a mixed batch, the factors of several adapters are stacked, so that a few matmuls cover all rows.
 
 Plain LoRA adapters on dense layers are stacked if gradients are not recorded; all others are applied one by one.
-A stack holds adapters whose ranks differ by less than a factor of two; factors of lower rank are padded with zeros. If
-the route has a cache and all rows use the same adapter, a copy of its factors in the base dtype is cached as a stack.
+A stack holds adapters whose ranks are rounded up to the same power of two; their factors are padded with zeros. If the
+route has a cache (`AdapterBank`) and all rows use the same adapter, a copy of its factors in the base dtype is cached
+as a stack.
 
 If a module that holds A or B has a hook, both are called, so that the hook runs; otherwise, they are only read, because
 that takes less time and memory. Only the factors of dense layers can be called, for variants that multiply the stored A
@@ -17,8 +18,8 @@ through `.data` cannot be detected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -33,11 +34,11 @@ from lorakit.core.factor import FactorWeight
 from lorakit.core.kinds.kind import first_axis, linear_down, linear_up
 from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.quantization.int8_linear import Int8Linear
-from lorakit.core.routing.route import Kept, Route
+from lorakit.core.routing.route import AdapterBank, Route
 from lorakit.core.shards import is_freed_by_zero
 from lorakit.core.variants import Factor, variant_named
 from lorakit.ops.autograd import autocast, is_traced, without_autocast
-from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, compiled_method, method_for
+from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, are_short, compiled_method, method_for
 
 _VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")
 _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
@@ -109,27 +110,31 @@ WORTH_A_STACK = 4
 """Minimum number of adapters for which a stack pays off in one forward pass, measured at width 576 and rank 16."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Stack:
-    """The stacked factors of a group of adapters at one site.
+    """The stacked factors of adapters of like rank at one site.
 
     Attributes:
+        names: The adapter in each slot, or None for a free slot, whose factors are zero.
         A: The adapters' A factors, (K, r, in), each multiplied by the adapter's scale.
         B: The adapters' B factors, (K, out, r), as a transposed view of a (K, r, out) tensor.
-        ready: Input shape -> the prepared matmuls. Each stack belongs to one route, so the key omits the route.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str | None, ...]
     A: Tensor
     B: Tensor
-    ready: dict[torch.Size, Segments | PerRowLora] = field(default_factory=dict)
 
-    def made_ready(self, route: Route, x: Tensor) -> Segments | PerRowLora:
-        """Prepare the matmuls for inputs of the same shape as x (rows, …, in), cache them and return them."""
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.A.shape[1]
+
+    def matmuls(self, route: Route, x: Tensor) -> Segments | PerRowLora:
+        """Prepare the matmuls of a route for inputs of the same shape as x (rows, …, in)."""
         rows = route.routed(self.names, x.device, len(x))
-        own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
-        matmuls = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
-        return matmuls
+        by_row = route.kept is not None and route.kept.by_row
+        own = compiled_method(self.A, self.B, None, rows, x) if (are_short if by_row else are_few)(x, rows) else None
+        return own or Segments(self.A, self.B, None, rows, "rows" if by_row else self._method(x, rows), x.dtype)
 
     def _method(self, x: Tensor, rows: Routed) -> Method:
         method = method_for(x, rows)
@@ -140,6 +145,22 @@ class Stack:
         """True if all values are finite, judged by their sums; a sum that overflows counts as not finite."""
         sums = [matrices.sum(dtype=torch.promote_types(self.A.dtype, torch.float32)) for matrices in (self.A, self.B)]
         return bool(torch.stack(sums).isfinite().all())
+
+    def replaced(self, old: str | None, new: str | None, factor: Factor | None = None) -> Stack:
+        """Put an adapter into the slot of another one, or into a free slot; nothing else in the memory changes."""
+        slot = self.names.index(old)
+        for matrices in (self.A, self.B.transpose(1, 2)):
+            matrices[slot].zero_()
+        if factor is not None:
+            wide = torch.promote_types(factor.A.dtype, torch.float32)
+            self.A[slot, : len(factor.A)] = factor.A.to(wide) * factor.scale
+            self.B[slot, :, : len(factor.A)] = factor.B
+        return Stack((*self.names[:slot], new, *self.names[slot + 1 :]), self.A, self.B)
+
+    def wider(self, slots: int) -> Stack:
+        """Return a copy with more free slots."""
+        A, Bt = (F.pad(one, (0, 0, 0, 0, 0, slots)) for one in (self.A, self.B.transpose(1, 2)))
+        return Stack((*self.names, *[None] * slots), A, Bt.transpose(1, 2))
 
 
 @dataclass(eq=False)
@@ -163,6 +184,28 @@ class Stacks:
         """Return whether the stacks still match the layer's factors."""
         return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
 
+    def matmuls(self, layer: StoredWeight, route: Route, x: Tensor) -> list[Segments | PerRowLora]:
+        """Return the matmuls for inputs of the same shape as x (rows, …, in), and cache them if the route has a cache.
+
+        They are not cached if the route uses an adapter that is not stacked.
+        """
+        stacks, known = route.prepared.get((layer, x.shape), (None, []))
+        if stacks is not self:
+            acting = [stack for stack in self.stacks if not route.mentions.isdisjoint(filter(None, stack.names))]
+            known = [stack.matmuls(route, x) for stack in acting]
+            if route.kept is not None and route.mentions.isdisjoint(self.rest):
+                route.prepared[layer, x.shape] = self, known
+        return known
+
+    def without(self, layer: StoredWeight, name: str) -> Stacks | None:
+        """Return the stacks with the slot of an adapter cleared and free, or None if there is no adapter left."""
+        names = tuple(other for other in self.names if other != name)
+        if not names or not self.still(layer):
+            return None
+        stacks = [stack.replaced(name, None) if name in stack.names else stack for stack in self.stacks]
+        rest = tuple(other for other in self.rest if other != name)
+        return Stacks(stacks, rest, names, self.absent - {name}, FactorVersions(layer, names))
+
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     """Add the adapters of a route with a cache to the base output y₀ (rows, …, out), given the input x (rows, …, in).
@@ -182,18 +225,20 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 
 def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     """Return the output computed from cached stacks; None if they are outdated or do not cover this input."""
-    kept = route.kept or Kept()
-    stacks: Stacks | None = kept.get((layer, y0.dtype))
-    if stacks is None or stacks.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
+    kept = route.kept or AdapterBank()
+    prepared = route.prepared.get((layer, x.shape))
+    if prepared is None or kept.get((layer, y0.dtype)) is not prepared[0]:
+        return None
+    stacks, products = prepared
+    if type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced():
         return None
-    products = [stack.ready.get(x.shape) for stack in stacks.stacks]
-    if None in products or not (kept.is_checked or stacks.still(layer)):
+    if not (kept.is_checked or stacks.still(layer)):
         return None
     y = _own(layer, y0)
     for each in products:
-        each.forward(x, y)  # type: ignore[union-attr]
+        each.forward(x, y)
     return y
 
 
@@ -223,8 +268,8 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
         return y0, segments
     y = _own(layer, y0)
     with without_autocast(x):
-        for stack in stacked.stacks:
-            (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
+        for each in stacked.matmuls(layer, route, x):
+            each.forward(x, y)
     return y, [segment for segment in segments if segment[0] in stacked.rest] if stacked.rest else ()
 
 
@@ -244,27 +289,34 @@ def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
 
 
 def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
-    """Return the stacks of the given adapters, from the cache if the cached stacks are still valid."""
+    """Return stacks with the given adapters: those of the cache, to which missing adapters are added, or new ones."""
     kept = route.kept
     if kept is None:
-        return _made(layer, names, dtype)
+        return _added(layer, Stacks([], (), ()), names, dtype)
     found: Stacks | None = kept.get((layer, dtype))
-    if found is not None and found.names == names and (kept.is_checked or found.still(layer)):
+    if found is None or not (kept.is_checked or found.still(layer)):
+        found = Stacks([], (), ())
+    missing = tuple(name for name in names if name not in found.names)
+    if not missing:
         return found
     try:
-        seen = FactorVersions(layer, names)  # before stacking, to detect changes by other threads
+        seen = FactorVersions(layer, (*found.names, *missing))  # before stacking: other threads may change factors
     except (KeyError, RuntimeError, AttributeError):  # another layer's factor, or tensors without versions
-        return _made(layer, names, dtype)
-    made = kept[layer, dtype] = _made(layer, names, dtype)
-    made.seen, made.absent = seen, route.mentions.difference(names)
+        return _added(layer, Stacks([], (), ()), names, dtype)
+    made = kept[layer, dtype] = _added(layer, found, missing, dtype, kept.slots)
+    made.seen, made.absent = seen, found.absent | route.mentions.difference(made.names)
     return made
 
 
-def _made(layer: StoredWeight, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
+def _added(layer: StoredWeight, stacks: Stacks, names: tuple[str, ...], dtype: torch.dtype, slots: int = 0) -> Stacks:
+    """Add adapters to stacks; a new stack has at least the given number of slots."""
     factors = {name: layer.factor(name) for name in names}
     plain = {name: f for name, f in factors.items() if _can_be_stacked(f) and called_factors(layer, name) is None}
-    stacks = [_stack(group, plain, dtype) for group in _of_like_rank({n: len(f.A) for n, f in plain.items()})]
-    return Stacks(stacks, tuple(name for name in names if name not in plain), names)
+    by_rank = {stack.rank: stack for stack in stacks.stacks}
+    for rank, group in _of_like_rank(plain).items():
+        by_rank[rank] = _put(by_rank[rank], group) if rank in by_rank else _stack(group, rank, dtype, slots)
+    rest = tuple(name for name in names if name not in plain)
+    return Stacks(list(by_rank.values()), (*stacks.rest, *rest), (*stacks.names, *names))
 
 
 def _can_be_stacked(factor: Factor) -> bool:
@@ -273,29 +325,36 @@ def _can_be_stacked(factor: Factor) -> bool:
     return tensors and plain and share_dropped(factor.dropout) == 0 and not is_watched(factor.dropout)
 
 
-def _of_like_rank(ranks: dict[str, int]) -> Iterator[list[str]]:
-    """Yield groups of adapters in which every rank is more than half of the highest rank."""
-    left = set(ranks)
-    while left:
-        highest = max(ranks[name] for name in left)
-        group = [name for name in ranks if name in left and 2 * ranks[name] > highest]
-        left.difference_update(group)
-        yield group
+def _of_like_rank(factors: dict[str, Factor]) -> dict[int, dict[str, Factor]]:
+    """Group adapters by rank, rounded up to a power of two."""
+    groups: dict[int, dict[str, Factor]] = {}
+    for name, factor in factors.items():
+        groups.setdefault(1 << (len(factor.A) - 1).bit_length(), {})[name] = factor
+    return groups
 
 
-def _stack(names: Sequence[str], factors: dict[str, Factor], dtype: torch.dtype) -> Stack:
-    A = _filled(factors[name].A for name in names)
-    B = _filled(factors[name].B.t() for name in names)
+def _put(stack: Stack, factors: dict[str, Factor]) -> Stack:
+    """Put adapters into free slots of a stack, which is doubled if there are too few."""
+    missing = len(factors) - stack.names.count(None)
+    if missing > 0:
+        stack = stack.wider(max(missing, len(stack.names)))
+    for name, factor in factors.items():
+        stack = stack.replaced(None, name, factor)
+    return stack
+
+
+def _stack(factors: dict[str, Factor], rank: int, dtype: torch.dtype, slots: int) -> Stack:
+    """Stack factors, zero-padded to a rank, in the first of at least the given number of slots."""
+    A, Bt = (_filled(matrices, rank) for matrices in zip(*((f.A, f.B.t()) for f in factors.values()), strict=True))
     wide = torch.promote_types(A.dtype, torch.float32)
-    scales = torch.tensor([factors[name].scale for name in names], dtype=wide, device=A.device)
-    return Stack(tuple(names), (A * scales[:, None, None]).to(dtype), B.to(dtype).transpose(1, 2))
+    scales = torch.tensor([factor.scale for factor in factors.values()], dtype=wide, device=A.device)
+    stack = Stack(tuple(factors), (A * scales[:, None, None]).to(dtype), Bt.to(dtype).transpose(1, 2))
+    return stack.wider(slots - len(factors)) if slots > len(factors) else stack
 
 
-def _filled(matrices: Iterable[Tensor]) -> Tensor:
-    """Stack matrices (r, n) of different ranks into one zero-padded tensor (K, highest rank, n)."""
-    found = list(matrices)
-    highest = max(map(len, found))
-    return torch.stack([F.pad(one, (0, 0, 0, highest - len(one))) if len(one) < highest else one for one in found])
+def _filled(matrices: Sequence[Tensor], rank: int) -> Tensor:
+    """Stack matrices (r, n) of different ranks into one zero-padded tensor (K, rank, n)."""
+    return torch.stack([F.pad(one, (0, 0, 0, rank - len(one))) if len(one) < rank else one for one in matrices])
 
 
 def called_factors(layer: StoredWeight, name: str) -> tuple[nn.Module, nn.Module] | None:

@@ -18,7 +18,7 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
-from lorakit.core.routing.route import BASE, Offsets, Route
+from lorakit.core.routing.route import BASE, AdapterBank, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
 from lorakit.core.variants import Variant, last_invocation, variants_of
 from lorakit.errors import AdapterError, RouteError
@@ -41,7 +41,7 @@ def activate(model: nn.Module, *names: str) -> None:
     state.replace_default(names)
 
 
-def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
+def use(model: nn.Module, *names: str, keep: bool | AdapterBank = False) -> Override:
     """Return a context manager that activates adapters, on every row, for the current thread or task.
 
     With `keep` and a single adapter, its factors are cached in the base's dtype, as in `route`.
@@ -53,11 +53,12 @@ def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
     if not names:
         raise RouteError("`use` needs at least one adapter. To run the base alone, use `disable`.", field="names")
     state.check(names)
-    wanted = Route(tuple(dict.fromkeys(names)))
-    return state.override(wanted.keeping() if keep else wanted)
+    return state.override(Route(tuple(dict.fromkeys(names))).keeping(keep))
 
 
-def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool = False) -> Override:
+def route(
+    model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool | AdapterBank = False
+) -> Override:
     """Return a context manager that assigns an adapter to each batch row.
 
     Args:
@@ -68,7 +69,7 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
         keep: Whether to speed up generation by caching the stacked factors of the rows' adapters for all forward passes
             in the context. Factors are stacked only when gradients are disabled. The cache takes as much memory as the
             adapters would in the base's dtype. If an adapter changes, its factors are stacked again, but changes made
-            through `.data` cannot be detected.
+            through `.data` cannot be detected. An `AdapterBank` is a cache that several contexts share.
 
     Raises:
         RouteError: An adapter is not on the model, `rows` is empty or a string, or `copies` is less than 1.
@@ -81,8 +82,7 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep
         text = f"`route` was called with copies={copies!r}; copies must be an integer >= 1."
         raise RouteError(text, what=copies, field="copies")
     state.check(rows)
-    wanted = Route(rows=tuple(rows), copies=copies)
-    return state.override(wanted.keeping() if keep else wanted)
+    return state.override(Route(rows=tuple(rows), copies=copies).keeping(keep))
 
 
 @contextlib.contextmanager
@@ -248,6 +248,17 @@ def invoked(
         text = "`invoked` got neither input_ids nor offsets; pass the prompts as input_ids (rows, length)."
         raise RouteError(text, field="input_ids")
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
+
+
+def continued(model: nn.Module, prompts: Sequence[Override]) -> Override:
+    """Return a context manager for a forward pass over one more token of each row, after `invoked` read its prompt."""
+    state = state_of(model)
+    waiting = tuple(sorted(state.waiting))
+    offsets = [prompt.offsets for prompt in prompts]
+    backs = [
+        [int(one is not None and name in one.adapters and bool(one.of(name))) for one in offsets] for name in waiting
+    ]
+    return state.override(None, Offsets(waiting, torch.tensor(backs, dtype=torch.int64), 1))
 
 
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:

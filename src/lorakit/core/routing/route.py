@@ -115,13 +115,32 @@ def of_rows(numbers: Tensor, rows: int) -> Tensor:
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
 
-class Kept(dict[Any, Any]):
+class AdapterBank(dict[Any, Any]):
     """A cache for layers: (layer, …) → a value whose method `still(layer)` returns whether it is still valid.
 
-    `thread` is the thread in which all values were checked for the current forward pass, or None.
+    Several routes can share a bank, such as those of a server whose batches change, so that a change copies no factors.
+
+    Args:
+        slots: Number of adapters of like rank for which each layer allocates memory at first; more are possible.
+        by_row: Whether the bits of a row's result must not depend on the other rows.
+
+    Attributes:
+        thread: The thread in which all values were checked for the current forward pass, or None.
     """
 
-    thread: int | None = None
+    def __init__(self, slots: int = 0, *, by_row: bool = False) -> None:
+        super().__init__()
+        self.slots, self.by_row = slots, by_row
+        self.thread: int | None = None
+
+    def release(self, adapter: str) -> None:
+        """Forget an adapter, which no later forward pass uses under this name unless it is added again."""
+        for key, value in self.copy().items():
+            left = value.without(key[0], adapter)
+            if left is None:
+                del self[key]
+            else:
+                self[key] = left
 
     @contextlib.contextmanager
     def checked(self) -> Iterator[None]:
@@ -158,8 +177,8 @@ class Route:
         rows: One adapter per row of the batch (None for no adapter), or None if all rows use the same adapters.
         copies: Number of consecutive copies of each row that a batch may contain, as in beam search. A batch without
             copies is also valid, because encoders run before rows are repeated.
-        kept: A cache for values that layers reuse in later forward passes with this route. The cache lives as long as
-            the route. None if layers must not cache anything.
+        kept: A cache for values that layers reuse in later forward passes, or None if layers must not cache anything.
+        prepared: (layer, shape of the input) -> cached factors and their matmuls with this route, if it has `kept`.
         mentions: Every adapter that at least one row uses.
     """
 
@@ -167,10 +186,11 @@ class Route:
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
     offsets: Offsets | None = field(default=None, compare=False)
-    kept: Kept | None = field(default=None, repr=False, compare=False)
+    kept: AdapterBank | None = field(default=None, repr=False, compare=False)
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # dynamo cannot trace a cached_property
     _indices: dict[At, list[tuple[str, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _routed: dict[tuple[tuple[str, ...], At], Routed] = field(
+    _routed: dict[tuple[tuple[str | None, ...], At], Routed] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _named: list[Route] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -191,15 +211,19 @@ class Route:
             self._named.append(self.like(None, None))
         return self._named[0]
 
-    def keeping(self) -> Route:
-        """Return this route with a cache for layers."""
-        return self.like(self.offsets, Kept()) if self.mentions and self.kept is None else self
+    def keeping(self, keep: AdapterBank | bool) -> Route:
+        """Return this route with the given cache for layers, or a new one if True, or as it is if False."""
+        if keep is False or not self.mentions or self.kept is not None:
+            return self
+        return self.like(self.offsets, AdapterBank() if keep is True else keep)
 
-    def like(self, offsets: Offsets | None, kept: Kept | None) -> Route:
+    def like(self, offsets: Offsets | None, kept: AdapterBank | None) -> Route:
         """Return a copy with other offsets and another cache; values that depend only on the rows are shared."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)
+        if kept is self.kept:
+            object.__setattr__(route, "prepared", self.prepared)
         return route
 
     def alone(self, name: str, index: Tensor) -> Route:
@@ -244,7 +268,7 @@ class Route:
             ]
         return self._indices[device, size]
 
-    def routed(self, names: tuple[str, ...], device: torch.device, size: int) -> Routed:
+    def routed(self, names: tuple[str | None, ...], device: torch.device, size: int) -> Routed:
         """Return which of the given adapters each row of a batch uses, cached per device and size.
 
         Returns:
@@ -254,7 +278,8 @@ class Route:
         key = (names, (device, size))
         if key not in self._routed:
             number = {name: k for k, name in enumerate(names)}
-            rows = [number.get(row or "", -1) for row in self.rows_of(size) or ()] if self.rows else [0] * size
+            everywhere = [number[name] for name in self.names if name in number][:1] * size
+            rows = [number.get(row or "", -1) for row in self.rows_of(size) or ()] if self.rows else everywhere
             self._routed[key] = Routed(torch.tensor(rows, device=device), len(names))
         return self._routed[key]
 

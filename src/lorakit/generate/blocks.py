@@ -1,0 +1,194 @@
+"""Keys and values of many sequences, in blocks of tokens that are taken as sequences grow, and shared by prefixes.
+
+Attention reads the tokens of a row and, to make the rows of a batch equally long, zeros: masked NaN would pass through
+`scaled_dot_product_attention`. So blocks are cleared when the last sequence gives them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+"""Tokens per block."""
+
+
+class Blocks:
+    """The memory for keys and values, which grows with the number of blocks that sequences hold at the same time.
+
+    Attributes:
+        in_use: Number of blocks that sequences hold.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.in_use = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, each (slots, heads, width)
+        self._holders = [1]  # of each block; nobody gives back block 0, whose zeros serve as padding
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """Return a new block, which has one holder."""
+        self.in_use += 1
+        if self._free:
+            block = self._free.pop()
+            self._holders[block] = 1
+            return block
+        self._holders.append(1)
+        return len(self._holders) - 1
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add a holder to each block."""
+        for block in blocks:
+            self._holders[block] += 1
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Remove a holder from each block, and clear the blocks that have none left."""
+        for block in blocks:
+            self._holders[block] -= 1
+        left = [block for block in blocks if not self._holders[block]]
+        slots = self.slots(left)
+        for layer in self._layers.values():
+            for tensor in layer:
+                tensor.index_fill_(0, slots[slots < len(tensor)], 0)  # a failed pass may not have reached this layer
+        self._free += left
+        self.in_use -= len(left)
+
+    def slots(self, blocks: Sequence[int]) -> Tensor:
+        """Return the indices of the blocks' tokens, (tokens,)."""
+        first = torch.tensor(blocks, dtype=torch.int64, device=self.device)[:, None] * BLOCK
+        return (first + torch.arange(BLOCK, device=self.device)).flatten()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Size of a token's keys and values in all layers; 0 before the first forward pass."""
+        return sum(t[0].numel() * t.element_size() for layer in self._layers.values() for t in layer)
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values (rows, heads, new, width) in the slots (rows · new,)."""
+        stored = self._layers.get(layer)
+        missing = len(self._holders) * BLOCK - (0 if stored is None else len(stored[0]))
+        if stored is None or missing > 0:
+            stored = self._grown(stored, keys, values, missing)
+            self._layers[layer] = stored
+        for tensor, new in zip(stored, (keys, values), strict=True):
+            tensor.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (rows, heads, length, width) in the slots (rows, length)."""
+        keys, values = self._layers[layer]
+        return self._gathered(keys, slots), self._gathered(values, slots)
+
+    def _gathered(self, tensor: Tensor, slots: Tensor) -> Tensor:
+        return tensor.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
+
+    def _grown(
+        self, stored: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, missing: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return larger tensors with what is stored; the size doubles, so that the cost per token stays constant."""
+        if stored is None:
+            first, second = (new.new_zeros(missing, new.shape[1], new.shape[3]) for new in (keys, values))
+            return first, second
+        more = max(missing, len(stored[0]))
+        first, second = (torch.cat([old, old.new_zeros(more, *old.shape[1:])]) for old in stored)
+        return first, second
+
+
+@dataclass(eq=False)
+class Stored:
+    """The tokens of one sequence that the model has processed: their number and their blocks."""
+
+    blocks: list[int] = field(default_factory=list)
+    length: int = 0
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def extend(self, pool: Blocks, new: int) -> None:
+        """Take blocks for a number of new tokens."""
+        missing = self.length + new - len(self.blocks) * BLOCK
+        self.blocks += [pool.take() for _ in range(-(-missing // BLOCK))]
+        if len(self.slots) != len(self.blocks) * BLOCK:
+            self.slots = pool.slots(self.blocks)
+
+
+class UnstorableError(Exception):
+    """The keys and values of a model cannot be stored in blocks."""
+
+
+class PassCache:
+    """The cache of one forward pass over some sequences: the part of transformers' interface that models use.
+
+    Shorter rows are padded with zeros after their tokens, so that the order of additions in attention does not depend
+    on other rows, or before them, if a sliding window is measured from the last position.
+
+    Args:
+        pool: The memory.
+        rows: The sequences.
+        new: Number of new tokens per sequence; they have blocks for them.
+        padding: Where the padding is; None for rows of the same length, which have none.
+        is_contiguous: Whether the model needs contiguous keys and values.
+
+    Attributes:
+        is_used: Whether the model has stored anything.
+        mask: Which positions are tokens, (rows, length) of 1 and 0.
+        positions: Positions of the new tokens, (rows, new).
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        pool: Blocks,
+        rows: Sequence[Stored],
+        new: int,
+        padding: Literal["before", "after"] | None,
+        *,
+        is_contiguous: bool,
+    ) -> None:
+        self._pool, self._new, self._is_contiguous = pool, new, is_contiguous
+        self.is_used = False
+        lengths = [row.length + new for row in rows]
+        longest = max(lengths)
+        if padding is not None:  # some for every row, also for a row alone: the same kernels run
+            longest = (longest // BLOCK + 1) * BLOCK
+        read, mask = (torch.zeros(len(rows), longest, dtype=torch.int64, device=pool.device) for _ in range(2))
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            begin = longest - length if padding == "before" else 0
+            read[i, begin : begin + length] = row.slots[:length]
+            mask[i, begin : begin + length] = 1
+        self._read, self.mask = read, mask
+        self._write = torch.cat([row.slots[row.length : row.length + new] for row in rows])
+        first = torch.tensor([row.length for row in rows], device=pool.device)
+        self.positions = first[:, None] + torch.arange(new, device=pool.device)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (rows, heads, new, width), and return all (rows, heads, length, width).
+
+        Raises:
+            UnstorableError: The model stores another number of tokens than it was given.
+        """
+        if keys.shape[0] * keys.shape[2] != len(self._write):
+            raise UnstorableError
+        self._pool.write(layer_idx, self._write, keys, values)
+        self.is_used = True
+        all_keys, all_values = self._pool.read(layer_idx, self._read)
+        return (all_keys.contiguous(), all_values.contiguous()) if self._is_contiguous else (all_keys, all_values)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of positions before the new tokens."""
+        return self._read.shape[1] - self._new
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the number of positions, and the first one."""
+        return self._read.shape[1], 0
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        """Return −1: there is no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
