@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from lorakit.core import AdapterBank
 from lorakit.core.model.index import find_state, layers
 from lorakit.errors import UsageError
 from lorakit.generate.engine import Engine
@@ -114,7 +115,8 @@ def generate_batch(
         for prompt, one, name in zip(prompts, samplings, names, strict=True)
     ]
     longest = max(len(row.prompt) for row in rows)
-    engine = Engine(model, rows=len(rows), prefix_tokens=longest, slots=len({*names}), scope=scope)
+    bank = AdapterBank(together=[*dict.fromkeys(filter(None, names))], by_row=True)
+    engine = Engine(model, rows=len(rows), prefix_tokens=longest, bank=bank, scope=scope)
     for number, row in enumerate(rows, 1):
         engine.check(row, f"prompt {number} of {len(rows)}" if len(rows) > 1 else "the prompt")
     return _tokens(engine, rows)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import invoked, prompt_offset, route, waits_for_tokens
+from lorakit.core import AdapterBank, invoked, prompt_offset, route, waits_for_tokens
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
 from lorakit.generate.blocks import BLOCK, Blocks
 from lorakit.generate.passes import Passes, Scope, embedding_weight
@@ -33,7 +33,7 @@ class Engine:
         tokens: Maximum number of tokens whose keys and values are stored for these rows, or None: a row begins when
             there is memory for all its tokens.
         prefix_tokens: Number of tokens of earlier prompts whose keys and values are kept, for prompts that begin alike.
-        slots: Number of adapters of like rank for which memory is allocated at once.
+        bank: The factors of the adapters; by default, changes of an adapter between two steps are noticed.
         scope: Context manager that activates adapters for all rows, or None for the adapters that the rows name.
 
     Attributes:
@@ -50,7 +50,7 @@ class Engine:
         rows: int = 32,
         tokens: int | None = None,
         prefix_tokens: int = 0,
-        slots: int = 0,
+        bank: AdapterBank | None = None,
         scope: Scope | None = None,
     ) -> None:
         if model.training:
@@ -60,7 +60,7 @@ class Engine:
         self._most_blocks = None if tokens is None else tokens // BLOCK
         self._most_chunks = 0 if scope is not None else prefix_tokens // CHUNK
         self._context = context_tokens(model)
-        self._passes = Passes(model, slots, scope)
+        self._passes = Passes(model, AdapterBank(by_row=True) if bank is None else bank, scope)
         self._prefixes = _Prefixes(self._passes.pool, self._most_chunks)
         self._waiting, self._reading, self._open = (list[Row]() for _ in range(3))
         self._turns: dict[Any, int] = {}
@@ -155,6 +155,10 @@ class Engine:
         Returns:
             The new tokens; a row whose prompt was read to its end has its first token.
         """
+        with self._passes.bank.checked():
+            return self._step(chunks)
+
+    def _step(self, chunks: int | None) -> list[Event]:
         before, new = list(self._open), list[Event]()
         while chunks is None or chunks > 0:
             row = self._next()
@@ -275,7 +279,7 @@ def rows_are_independent(model: nn.Module, adapters: Sequence[str] = (), rows: i
 
     It depends on the processor, the dtype, the shapes and the versions of libraries, so it is tried.
     """
-    passes, names = Passes(model, len(adapters), None), (*adapters, None)
+    passes, names = Passes(model, AdapterBank(together=adapters, by_row=True), None), (*adapters, None)
     group = [
         Row(i, Continuation(tuple(range(1, 2 + 5 * i % 37)), 2, adapter=names[i % len(names)]), 1, Sampler(Sampling()))
         for i in range(rows)

@@ -29,11 +29,10 @@ class Passes:
 
     Args:
         model: A causal language model.
-        slots: Number of adapters of like rank for which memory is allocated at once.
+        bank: The factors of the adapters.
         scope: Context manager that activates adapters for all rows, or None for the adapters that the rows name.
 
     Attributes:
-        bank: The factors of the adapters.
         pool: The keys and values of the rows, or None if each row has a cache of the model's own type.
         device: Where the model runs.
 
@@ -41,8 +40,8 @@ class Passes:
         ModelError: The model has no key-value cache.
     """
 
-    def __init__(self, model: nn.Module, slots: int, scope: Scope | None) -> None:
-        self._model, self._given = model, scope
+    def __init__(self, model: nn.Module, bank: AdapterBank, scope: Scope | None) -> None:
+        self._model, self._given, self.bank = model, scope, bank
         takes = inspect.signature(model.forward).parameters
         cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         if cache_name is None:
@@ -52,7 +51,6 @@ class Passes:
         self._last_alone, self._positioned = "logits_to_keep" in takes, "position_ids" in takes
         weight = embedding_weight(model)
         self.device = next(model.parameters()).device if weight is None else weight.device
-        self.bank = AdapterBank(slots, by_row=True)
         kinds = _layer_types(model)
         is_stored = cache_name in CACHE_NAMES[:2] and kinds <= STORABLE
         self.pool = Blocks(self.device) if is_stored else None

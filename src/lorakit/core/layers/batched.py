@@ -200,11 +200,12 @@ class Stacks:
     def without(self, layer: StoredWeight, name: str) -> Stacks | None:
         """Return the stacks with the slot of an adapter cleared and free, or None if there is no adapter left."""
         names = tuple(other for other in self.names if other != name)
-        if not names or not self.still(layer):
+        if not names or (self.seen is not None and not self.still(layer)):
             return None
         stacks = [stack.replaced(name, None) if name in stack.names else stack for stack in self.stacks]
         rest = tuple(other for other in self.rest if other != name)
-        return Stacks(stacks, rest, names, self.absent - {name}, FactorVersions(layer, names))
+        seen = None if self.seen is None else FactorVersions(layer, names)
+        return Stacks(stacks, rest, names, self.absent - {name}, seen)
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
@@ -296,11 +297,12 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     found: Stacks | None = kept.get((layer, dtype))
     if found is None or not (kept.is_checked or found.still(layer)):
         found = Stacks([], (), ())
-    missing = tuple(name for name in names if name not in found.names)
-    if not missing:
+    if all(name in found.names for name in names):
         return found
-    try:
-        seen = FactorVersions(layer, (*found.names, *missing))  # before stacking: other threads may change factors
+    wanted = dict.fromkeys((*names, *(name for name in kept.together if name in layer.r)))
+    missing = tuple(name for name in wanted if name not in found.names)
+    try:  # before stacking, to detect changes by other threads
+        seen = None if kept.is_constant else FactorVersions(layer, (*found.names, *missing))
     except (KeyError, RuntimeError, AttributeError):  # another layer's factor, or tensors without versions
         return _added(layer, Stacks([], (), ()), names, dtype)
     made = kept[layer, dtype] = _added(layer, found, missing, dtype, kept.slots)

@@ -122,15 +122,19 @@ class AdapterBank(dict[Any, Any]):
 
     Args:
         slots: Number of adapters of like rank for which each layer allocates memory at first; more are possible.
+        together: Adapters whose factors are added when those of any other are, because many at once take less time.
         by_row: Whether the bits of a row's result must not depend on the other rows.
+        is_constant: Whether adapters stay as they are until they are released, so that nothing is checked.
 
     Attributes:
         thread: The thread in which all values were checked for the current forward pass, or None.
     """
 
-    def __init__(self, slots: int = 0, *, by_row: bool = False) -> None:
+    def __init__(
+        self, slots: int = 0, together: Sequence[str] = (), *, by_row: bool = False, is_constant: bool = False
+    ) -> None:
         super().__init__()
-        self.slots, self.by_row = slots, by_row
+        self.slots, self.together, self.by_row, self.is_constant = slots, tuple(together), by_row, is_constant
         self.thread: int | None = None
 
     def release(self, adapter: str) -> None:
@@ -149,6 +153,9 @@ class AdapterBank(dict[Any, Any]):
         Checking the values one after another takes less time than checking each one where it is used: between two
         matmuls, the objects that the check reads are no longer in the processor's cache.
         """
+        if self.is_checked:  # by an outer block
+            yield
+            return
         for key, value in self.copy().items():
             if not value.still(key[0]):
                 self.pop(key, None)
@@ -160,8 +167,8 @@ class AdapterBank(dict[Any, Any]):
 
     @property
     def is_checked(self) -> bool:
-        """Return whether the current thread has checked all values for this forward pass."""
-        return self.thread == threading.get_ident()
+        """Return whether the current thread has checked all values for this forward pass, or need not check them."""
+        return self.is_constant or self.thread == threading.get_ident()
 
 
 At = tuple[torch.device, int]
