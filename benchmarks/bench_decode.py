@@ -3,6 +3,7 @@ an int8 base takes at most two thirds of the time of the bf16 base.
 
     python benchmarks/bench_decode.py [--adapters 1 8 32 128] [--rounds 5] [--tokens 6] [--rows 32] [--dtype bfloat16]
     python benchmarks/bench_decode.py --int8 --rows 1 4 16 32 [--model llama-1b --layers 4] [--rounds 5] [--tokens 6]
+    OMP_NUM_THREADS=1 python benchmarks/bench_decode.py --few-rows --cpu-time --adapters 1 --rows 1 8 32
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, fp32 factors; one token per row and step,
 with the KV cache of a prompt of 16 tokens. K adapters are assigned to the rows in turn; with more adapters than rows,
@@ -18,6 +19,9 @@ rounding; its row has the fraction of the delta that was retained (`survived`), 
 head and the embeddings keep their dtype. On a processor with AMX, `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16` shows bf16
 without it.
 
+`--few-rows` adds the base alone after `lorakit.speed.multiply_few_rows`, as in a session; the other sides of lorakit
+then have it too. `--cpu-time` measures CPU-seconds of the process, which depend less on other programs.
+
 A row has the seconds per token of all rows, and the ratio of its median to that of the base with as many rows. Rows are
 appended to results/decode.jsonl.
 """
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import inspect
 import itertools
 import statistics
@@ -40,7 +45,8 @@ BASE, MIXED, UNCACHED, ONE = "base alone", "lorakit", "lorakit, nothing kept", "
 MERGED = "lorakit, one adapter, merged"
 PEFT = "peft"
 INT8 = "base alone, int8"
-SIDES = (BASE, MIXED, UNCACHED, ONE, MERGED, PEFT)
+FEW = "base alone, few rows"
+SIDES = (BASE, FEW, MIXED, UNCACHED, ONE, MERGED, PEFT)
 PROMPT = 16
 
 Forward = Callable[..., Any]
@@ -61,6 +67,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[32])
     parser.add_argument("--model", choices=("smollm2", "llama-1b"), default="smollm2")
     parser.add_argument("--int8", action="store_true", help="the sides are the base alone, and with int8 matmuls")
+    parser.add_argument("--few-rows", action="store_true", help="lorakit's sides have the kernel for few rows")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for quick trials")
     parser.add_argument("--rounds", type=int, default=5)
@@ -68,6 +76,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parser.parse_args()
     options.sides = [BASE, INT8] if options.int8 else options.sides
+    if not options.few_rows:
+        options.sides = [side for side in options.sides if side != FEW]
     return options
 
 
@@ -77,6 +87,7 @@ def forwards_of(options: argparse.Namespace, names: list[str]) -> tuple[dict[str
 
     from lorakit import core
     from lorakit.config import LoraConfig
+    from lorakit.speed import multiply_few_rows
 
     torch.manual_seed(0)
     job = Job(model=options.model, dtype=options.dtype, layers=options.layers)
@@ -94,6 +105,10 @@ def forwards_of(options: argparse.Namespace, names: list[str]) -> tuple[dict[str
         ONE: core.use(ours, names[0], keep=True),
     }
     found: dict[str, Forward] = {BASE: base}
+    if options.few_rows:
+        found[FEW] = copy.deepcopy(base)
+        for model in (found[FEW], ours):
+            multiply_few_rows(model)
     for side, block in blocks.items():
         found[side] = within(block, ours)
     facts: dict[str, Any] = {}
@@ -153,6 +168,7 @@ def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace
     )  # an index: torch is slow with a slice, which is what 1 would mean
     prompt, following = tokens_of((rows, PROMPT), 0), tokens_of((options.tokens, rows, 1), 1)
     seconds: dict[str, list[float]] = {side: [] for side in forwards}
+    clock = time.process_time if options.cpu_time else time.perf_counter
     sides = list(forwards)
     with torch.no_grad():
         for number in range(options.rounds + 1):
@@ -160,10 +176,10 @@ def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace
             for side in sides[rotated:] + sides[:rotated]:
                 read = getattr(forwards[side](input_ids=prompt, use_cache=True, logits_to_keep=last), cache)
                 for ids in following:
-                    began = time.perf_counter()
+                    began = clock()
                     forwards[side](input_ids=ids, use_cache=True, **{cache: read})
                     if number:
-                        seconds[side].append(time.perf_counter() - began)
+                        seconds[side].append(clock() - began)
     return seconds
 
 
@@ -192,6 +208,7 @@ def report(
     for side, taken in seconds.items():
         facts: dict[str, Any] = {"what": side, **batch, "model": options.model, "dtype": options.dtype}
         facts |= {"layers": options.layers, "prompt": PROMPT, "threads": torch.get_num_threads()}
+        facts |= {"few_rows": options.few_rows, "cpu_time": options.cpu_time}
         facts["times_base"] = base and round(statistics.median(taken) / base, 3)
         facts |= merged if side == MERGED else {}
         append_row("decode", facts, {"seconds": taken})

@@ -3,11 +3,11 @@ longer than with torch.mm.
 
     python benchmarks/bench_few_rows.py [--dtype bfloat16] [--rows 1 4 16 32 64] [--rounds 9]
 
-The shapes are those of SmolLM2-135M, with its head, and of a 1B model. Sides: the kernel of `lorakit.ops.few_rows`, and
+The shapes are those of SmolLM2-135M, with its head, and of a 1B model. Sides: `lorakit.ops.linear.few_rows`, and
 torch.mm. Each sample multiplies with as many copies of the weight as fill more than the cache of a core, and the sides
-take turns. There is one thread, whose CPU time is measured, because that depends less on other programs. On a processor
-with AMX, CC="gcc -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" and ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 show both without
-it. A row has the bytes of the weight per CPU-second. Rows are appended to results/few_rows.jsonl.
+take turns. There is one thread, whose CPU time is measured, because that depends less on other programs. On a
+processor with AMX, CC="gcc -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" and ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 show
+both without it. A row has the bytes of the weight per CPU-second. Rows are appended to results/few_rows.jsonl.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from runner import append_row
 from torch import Tensor
 
-from lorakit.ops.few_rows import few_rows
 from lorakit.ops.kernels import compiled
+from lorakit.ops.linear import few_rows
 
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152), (2048, 2048), (2048, 8192), (8192, 2048))
 """(in, out)."""

@@ -12,15 +12,18 @@ import peft
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import lorakit
 from lorakit import core, hub
 from lorakit.cli import main
 from lorakit.errors import ConfigError, DataError, MergeError, UsageError
 from lorakit.generate import Sampling
+from lorakit.identity.identities import original_class
 from lorakit.session import Session
 from lorakit.session import session as session_module
 from lorakit.session.base_matmul import unsupported
+from lorakit.speed.few_rows import Linear
 
 from ..stored_hub import StoredHub
 
@@ -240,6 +243,16 @@ def test_acceleration_can_be_turned_off(
     ]
     assert len(calls) == 1
     assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_all_linear_layers_multiply_few_rows_in_a_session(
+    tiny_model_directory: Path, adapters: dict[str, Path], accelerated: bool
+) -> None:
+    with lorakit.open_session(str(tiny_model_directory), accelerated=accelerated) as session:
+        session.load_adapter("one", adapters["one"])
+        found = [type(each) for each in session.model.modules() if original_class(each) is nn.Linear]
+    assert found and set(found) == {Linear if accelerated else nn.Linear}
 
 
 def test_a_closed_session_says_so(session: Session) -> None:

@@ -179,6 +179,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), MARK, type(module))
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return whether the class of a module, or of its original, computes what `nn.Linear` does."""
+    return original_class(module).forward is nn.Linear.forward
+
+
 def is_stored_function(identity: Identity, name: str, value: object) -> bool:
     """Return whether an attribute of a module is a function that its class's source may call."""
     is_function = callable(value) and not isinstance(value, (nn.Module, type))

@@ -53,6 +53,22 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     return tuple(unflat(y, x) for y in ys)
 
 
+def few_rows(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return x·Wᵀ + b (…, out) for x (…, in), rounded once, without autograd, or None if a kernel is not available.
+
+    PyTorch chooses the order of additions by the number of rows. Here, a row of the result has the same bits for any
+    number of rows up to the kernel's limit, any other rows and any order. W is (out, in), rows at a distance; b (out,).
+    """
+    kernels = kernels_for(W, bias, strided=True)
+    linear = None if kernels is None else kernels.linear
+    if linear is None or W.dim() != 2 or W.stride(1) != 1 or W.shape[1] != x.shape[-1]:
+        return None
+    if not 0 < x.numel() <= linear.linear_rows[W.dtype] * W.shape[1]:
+        return None
+    x = x.contiguous()
+    return linear.linear_few_rows(x, W, bias) if x.dtype == W.dtype and kernels_for(x) is not None else None
+
+
 class Form(NamedTuple):
     """The non-tensor state of a `Group`, as returned by `Group.pack`."""
 

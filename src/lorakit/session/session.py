@@ -35,6 +35,7 @@ from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts
 from lorakit.session.spec import SessionOptions, SessionSpec, read_adapter, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.speed import Acceleration, accelerate
+from lorakit.speed.few_rows import multiply_few_rows
 from lorakit.tasks import PredictContext, agree_on_padding
 
 AdapterChoice = str | EllipsisType | None
@@ -78,6 +79,8 @@ class Session:
         self._lock = threading.RLock()
         self._acceleration: Acceleration | None = None
         self._measuring = 0  # number of blocks that need the acceleration
+        if spec.options.accelerated:
+            multiply_few_rows(loaded.model)
 
     @classmethod
     def load(cls, spec: SessionSpec, calibration: Sequence[Sequence[int]] = ()) -> Session:
@@ -150,6 +153,8 @@ class Session:
             self._unaccelerate()  # an adapter may add rows to the base
             core.load_adapter(self.model, files, name, allow=self.spec.options.allow)
             self.adapters[name] = files
+            if self.spec.options.accelerated:  # an adapter may replace linear layers
+                multiply_few_rows(self.model)
 
     def unload_adapter(self, name: str) -> None:
         """Remove an adapter; the base keeps rows that were added for its new tokens.

@@ -109,7 +109,8 @@ class SessionOptions:
         base_matmul: "dtype", or "int8" to multiply the frozen linear layers in int8.
         allow: Names of the checks of `lorakit.load_adapter` to override.
         revision: Revision of a base on the Hub.
-        accelerated: Whether rows are measured and predicted with fused forward methods.
+        accelerated: Whether rows are measured and predicted with fused forward methods, and generated with a kernel for
+            linear layers with few rows, for which a row has the same bits among any rows.
     """
 
     dtype: str | torch.dtype = "auto"

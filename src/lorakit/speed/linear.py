@@ -23,6 +23,7 @@ from lorakit.core.layers.named_layers import WeightLayer
 from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
+from lorakit.identity.identities import is_plain_linear
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
 from lorakit.speed.admission import Bound
@@ -62,7 +63,7 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
     kind = type(module)
     if kind is Int8Linear:
         return _int8_linear(cast(Int8Linear, module))
-    is_linear = kind.forward is nn.Linear.forward
+    is_linear = is_plain_linear(module)
     if not is_linear and not (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils"):
         return None
     weight = module._parameters.get("weight")

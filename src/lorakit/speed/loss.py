@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.errors import RunError
+from lorakit.identity.identities import is_plain_linear
 from lorakit.ops.cross_entropy import IGNORED, label_losses, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.admission import Known
@@ -190,7 +191,7 @@ def head_for(head: nn.Module | None, output: Tensor | None, logits: Tensor | Non
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "its loss is not the next-token loss"
-    if head is None or type(head).forward is not nn.Linear.forward or is_watched(head):
+    if head is None or not is_plain_linear(head) or is_watched(head):
         return "its head is not a plain linear module"
     if head.weight.requires_grad:
         return "its head is trainable"

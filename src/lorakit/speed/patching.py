@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import has_observers as has_observers
 from lorakit.core.clones import is_watched as is_watched  # re-exported, like Forwards, for other modules in `speed`
 from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.model.index import walk as walk
 from lorakit.core.routing.recompute import Forwards as Forwards
 from lorakit.identity.identities import MARK
 from lorakit.ops.autograd import is_traced
@@ -144,7 +145,7 @@ def may_run(module: nn.Module) -> bool:
 
 def is_replacement(module: nn.Module) -> bool:
     """Return whether a module is a replacement."""
-    return MARK in vars(type(module))
+    return BOUND in vars(type(module))
 
 
 Reduced = tuple[Callable[[type[nn.Module]], nn.Module], tuple[type[nn.Module]], dict[str, Any]]
@@ -164,12 +165,19 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
                 output = fused.run(x, options)
         return original.forward(self, *args, **kwargs) if output is None else output
 
+    first = getattr(original, MARK, original)  # `original` may be the class of `lorakit.speed.few_rows`
+
     def as_original(self: nn.Module, protocol: int) -> Reduced:  # a class created at runtime cannot be imported
-        return _blank, (original,), {name: value for name, value in vars(self).items() if name != RECOMPUTES}
+        return pickled_as(first, self)
 
     members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (BOUND,)}
-    members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: original}
+    members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: first}
     return type(original.__name__, (original,), members)
+
+
+def pickled_as(kind: type[nn.Module], module: nn.Module) -> Reduced:
+    """Return what makes pickled and copied modules instances of their original class."""
+    return _blank, (kind,), {name: value for name, value in vars(module).items() if name != RECOMPUTES}
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

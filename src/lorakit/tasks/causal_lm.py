@@ -18,6 +18,7 @@ from lorakit.data.loader import padded
 from lorakit.data.token_cache import TEXT
 from lorakit.data.tokens import beginning
 from lorakit.errors import NotYetSupported
+from lorakit.identity.identities import is_plain_linear
 from lorakit.speed import Acceleration, pack_rows
 from lorakit.speed.loss import Head, head_for, output_head, shifted
 from lorakit.tasks.labels import no_target
@@ -82,7 +83,7 @@ def row_losses(model: nn.Module, batch: Batch, device: str | torch.device) -> Te
         NotYetSupported: The logits are not a function of the output of a frozen linear head.
     """
     head = output_head(model)
-    if head is None or type(head).forward is not nn.Linear.forward:
+    if head is None or not is_plain_linear(head):
         raise _unsupported("its head is not a plain linear module")
     hidden, outputs = list[Tensor](), list[Tensor]()
 

@@ -26,6 +26,7 @@ from lorakit.core.model.index import AdapterIndex, embedding_of
 from lorakit.core.quantization import is_computed
 from lorakit.core.statistics.collecting import Forward, at_least_one, first_input, hooked, in_mode
 from lorakit.errors import NotYetSupported
+from lorakit.identity.identities import original_class
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Config fields with the number of experts, which is the number of outputs of a router."""
@@ -109,7 +110,7 @@ def _why_not(index: AdapterIndex, path: str, module: nn.Module, blocks: tuple[st
 
 
 def _is_plain(module: nn.Module) -> bool:
-    kind = type(module)
+    kind = original_class(module)
     return kind is nn.Linear or (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils")
 
 

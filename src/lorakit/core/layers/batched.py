@@ -37,6 +37,7 @@ from lorakit.core.quantization.int8_linear import Int8Linear
 from lorakit.core.routing.route import AdapterBank, Route
 from lorakit.core.shards import is_freed_by_zero
 from lorakit.core.variants import Factor, variant_named
+from lorakit.identity.identities import is_plain_linear
 from lorakit.ops.autograd import autocast, is_traced, without_autocast
 from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, are_short, compiled_method, method_for
 
@@ -277,7 +278,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
     """Return y0 (rows, …, out) for modification in place, or a copy if something else may refer to it."""
     base = layer._modules["base_layer"]
-    is_plain = type(base).forward is nn.Linear.forward and type(base._parameters.get("weight")) is nn.Parameter
+    is_plain = is_plain_linear(base) and type(base._parameters.get("weight")) is nn.Parameter
     fresh = (
         (is_plain or type(base) is Int8Linear)
         and y0.is_contiguous()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops.few_rows import few_rows
 from lorakit.ops.kernels import compiled
+from lorakit.ops.linear import few_rows
 
 KERNELS = compiled.kernels()
 MOST = {} if KERNELS is None else KERNELS.linear_rows
