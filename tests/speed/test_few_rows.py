@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit import LoraConfig, core
 from lorakit.core import Int8Linear, quantize_base
+from lorakit.generate import Continuation, Engine, NewToken, rows_are_independent
 from lorakit.identity.identities import original_class
 from lorakit.ops.linear import few_rows
 from lorakit.speed import accelerate, multiply_few_rows, undo_few_rows
@@ -79,6 +80,31 @@ def test_a_decoding_step_gives_a_row_the_same_bits_among_any_rows(names: tuple[s
     torch.testing.assert_close(together, before, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
     for some in (slice(0, 1), slice(5, 6), slice(3, 5), slice(2, 18)):
         assert torch.equal(logits(some), together[some])
+
+
+@dtypes
+@pytest.mark.parametrize("per_step", [9, 1], ids=["together", "one after another"])
+def test_answers_beside_others_have_the_bits_of_answers_alone(per_step: int, dtype: torch.dtype) -> None:
+    """Rows join and leave at different steps, with two adapters and the base."""
+    model, names = llama(dtype, *ADAPTERS), (*ADAPTERS, None)
+    given = [
+        Continuation(tuple(ids(1, 2 + 7 * n)[0].tolist()), 3 + n % 4, adapter=names[n % 3], logprobs=3)
+        for n in range(9)
+    ]
+    multiply_few_rows(model)
+
+    def answers(some: list[Continuation]) -> list[list[Any]]:
+        engine, left, found = Engine(model), list(some), [list[Any]() for _ in some]
+        while left or not engine.is_idle:
+            for _ in range(min(per_step, len(left))):
+                engine.submit(left.pop(0))
+            for event in engine.step():
+                assert isinstance(event, NewToken)
+                found[event.row].append((event.token, event.logprobs))
+        return found
+
+    assert answers(given) == [answers([each])[0] for each in given]
+    assert rows_are_independent(model, ADAPTERS)
 
 
 @dtypes
