@@ -33,7 +33,7 @@ def test_a_silent_difference_is_exit_code_1_with_its_remedy(
     assert main(["check", str(one), "--for", "vllm", "sglang"]) == 1
     out = capsys.readouterr().out
     assert "ignored silently  rslora" in out
-    assert f"remedy: lorakit export sglang {one} --output-dir OUTPUT" in out
+    assert f"remedy: lorakit export sglang {one} --served-base MODEL --output-dir OUTPUT" in out
     assert "sglang/srt" not in out
     assert main(["check", str(one), "--for", "sglang", "--verbose"]) == 1
     assert "source: sglang/srt/lora/lora.py" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_the_export_that_is_the_remedy_is_fine(
     main(["check", str(one), "--for", runtime, "--base", base, "--json"])
     rules = json.loads(capsys.readouterr().out)["runtimes"][runtime]["rules"]
     remedies = {rule["remedy"] for rule in rules if rule["condition"] == name}
-    assert remedies <= {f"lorakit export {runtime} {one} --output-dir OUTPUT", ""}
+    assert remedies <= {f"lorakit export {runtime} {one} --served-base MODEL --output-dir OUTPUT", ""}
     assert main(["export", runtime, str(one), "--served-base", base, "--output-dir", str(tmp_path / "out")]) == 0
     (exported,) = (tmp_path / "out").iterdir()
     capsys.readouterr()

@@ -37,6 +37,7 @@ BASES: dict[str, Callable[..., Any]] = {
     "larger": lambda **sizes: small_models.llama(**{**sizes, "intermediate_size": 64}),
     "resized": lambda **sizes: small_models.llama(**{**sizes, "vocab_size": small_models.VOCABULARY + 3}),
     "qwen2": small_models.qwen2,
+    "gpt2": small_models.gpt2,
     "mixtral": small_models.mixtral,
     "classifier": lambda **sizes: transformers.LlamaForSequenceClassification(
         transformers.LlamaConfig(**small_models.GROUPED | sizes, num_labels=3, pad_token_id=0)
@@ -176,6 +177,7 @@ SPECIMENS: dict[str, Specimen] = {
     "rank pattern": Specimen({"rank_pattern": {"q_proj": 4}}),
     "alpha pattern": Specimen({"alpha_pattern": {"q_proj": 4}}),
     "dora": Specimen({"use_dora": True}),
+    "kasa": Specimen({"kasa_config": KasaConfig()}),
     "lora bias": Specimen({"lora_bias": True}),
     "bias": Specimen({"bias": "all"}, trained_on="qwen2", served_on="qwen2"),
     "saved module": Specimen({"modules_to_save": ["lm_head"]}),
@@ -192,7 +194,7 @@ SPECIMENS: dict[str, Specimen] = {
     "bd-lora": Specimen({"use_bdlora": BD}),
     "qa-lora": Specimen({"use_qalora": True, "qalora_group_size": 4}),
     "lora-xs": Specimen({"use_lora_xs": True}, own=True),
-    "extra tensors": Specimen({"kasa_config": KasaConfig()}),
+    "extra tensors": Specimen({"velora_config": VeloraConfig(num_groups=4, init_type="random")}),
     "layer replication": Specimen({"layer_replication": [(0, 2), (1, 2)]}),
     "experts": Specimen(
         {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj"]},
@@ -215,6 +217,7 @@ SPECIMENS: dict[str, Specimen] = {
     "grouped inputs": Specimen({"use_qalora": True, "qalora_group_size": 4}, own=True),
     "missing sites": Specimen(edit=without("layers.0.self_attn.q_proj")),
     "quantized base": Specimen(edit_base=config("config.json", quantization_config=QUANTIZED)),
+    "architecture": Specimen({"target_modules": ["c_attn"]}, trained_on="gpt2", served_on="gpt2"),
     "tied head": Specimen({"target_modules": ["lm_head"]}, trained_on="tied", served_on="tied"),
     "tied embedding": Specimen({"target_modules": ["embed_tokens"]}, trained_on="tied", served_on="tied"),
     "chat template": Specimen(edit=_template),

@@ -29,6 +29,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> AdapterFacts:
     return facts_of(Specimen(), tmp_path_factory.mktemp("plain"))
 
 
+def test_tied_weights_of_any_name(tmp_path: Path) -> None:
+    facts = facts_of(Specimen({"target_modules": ["wte"]}, trained_on="gpt2", served_on="gpt2"), tmp_path)
+    assert CONDITIONS["tied embedding"].find(facts) and not CONDITIONS["tied head"].find(facts)
+
+
 def test_each_condition_has_an_adapter() -> None:
     assert list(SPECIMENS) == list(CONDITIONS)
 

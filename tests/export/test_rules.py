@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import peft
 import pytest
 from tests.export.specimens import SPECIMENS, Specimen, in_peft, logits
+from tests.gguf_models import write_base
 from torch import Tensor
 
 from lorakit.choices import RUNTIME_NAMES
-from lorakit.cli import COMMANDS
+from lorakit.cli import COMMANDS, main
 from lorakit.export.checking import check
 from lorakit.export.conditions import CONDITIONS
 from lorakit.export.facts import adapter_facts, base_facts
@@ -24,7 +26,7 @@ pytestmark = [
 ]
 
 READ_PEFT = ("vllm", "sglang", "llama.cpp", "peft")
-ELSEWHERE = {"any adapter", "rank value", "rope parameters"}
+ELSEWHERE = {"any adapter", "rank value", "architecture", "rope parameters"}
 """Conditions that concern some of these runtimes only."""
 
 
@@ -63,6 +65,22 @@ def test_every_rule_names_its_source_and_a_known_remedy() -> None:
 def test_remedies_are_commands_and_formats_of_lorakit() -> None:
     for text in REMEDIES.values():
         assert set(re.findall(r"lorakit ([\w-]+)", text)) <= set(COMMANDS)
+
+
+COMMANDS_OF = {name for name in SPECIMENS if name != "new tokens"}  # which needs a tokenizer
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS_OF))
+def test_remedies_run_as_printed(tmp_path: Path, name: str) -> None:
+    base, adapter, _ = SPECIMENS[name].write(tmp_path)
+    facts = adapter_facts(adapter, base_facts(str(base)), 24 if name == "rank value" else 16)
+    matches = [one for found in check(facts, RUNTIME_NAMES).matches.values() for one in found if one.condition == name]
+    for number, remedy in enumerate(dict.fromkeys(one.remedy for one in matches if one.remedy.startswith("lorakit "))):
+        command = remedy.partition(", and ")[0].replace("OUTPUT", str(tmp_path / f"out-{number}"))
+        if "BASE.gguf" in command:
+            write_base(SPECIMENS[name].model(), tmp_path / "BASE.gguf")
+        words = shlex.split(command.replace("BASE.gguf", str(tmp_path / "BASE.gguf")).replace("MODEL", str(base)))
+        assert main(words[1:]) == 0, remedy
 
 
 OBSERVED = {name for name, rule in RUNTIMES["peft"].rules.items() if rule.known == RUN}

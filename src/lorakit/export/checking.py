@@ -70,6 +70,9 @@ def _match(facts: AdapterFacts, runtime: str, name: str, evidence: str) -> RuleM
     limit = vllm_limit(facts.largest_rank) or VLLM_RANKS[-1]
     template = facts.folder / TEMPLATE_FILE
     file = shlex.quote(str(template)) if template.is_file() else f"FILE, with that of {TOKENIZER_CONFIG}"
+    is_named = facts.config.base_model_name_or_path is not None
+    served, model = ("", "") if is_named else (" --served-base MODEL", " --model MODEL")
     values = {"adapter": shlex.quote(str(facts.folder)), "format": runtime, "limit": limit, "template": file}
+    values |= {"served": served, "model": model}
     remedy = REMEDIES[rule.remedy].format(**values) if rule.remedy else ""
     return RuleMatch(runtime, name, evidence, rule, remedy)

@@ -47,7 +47,17 @@ MLX_THETAS: Mapping[str, float] = {
 }
 """Type of a model whose module in mlx-lm 0.32.2 reads `rope_theta`, but not `rope_parameters` -> its default there."""
 
-HEAD, EMBEDDING = "lm_head", "embed_tokens"
+VLLM_WITHOUT_LORA = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("BailingMoeV2_5", "BailingMoeV3", "Bloom", "Cohere2Moe", "Dbrx", "DeepseekV4", "Falcon", "FalconMamba"),
+        *("Gemma3n", "Glm5Next", "GPTJ", "HrmText", "HCXVisionV2", "IQuestLoopCoder", "KimiLinear", "Mamba", "Mamba2"),
+        *("MiniMaxM3Sparse", "MiMoV2Flash", "MiMoV2", "Orion", "Step1", "Step3Text", "Step3p5", "StableLm", "Zamba2"),
+    )
+) | {"GPT2LMHeadModel"}
+"""Language models for which vLLM 0.32 does not start with adapters."""
+
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,9 @@ def _init(facts: AdapterFacts) -> str:
 
 
 def _extra(facts: AdapterFacts) -> str:
-    """Return evidence of tensors of a variant, other than A, B, their biases and DoRA's magnitudes."""
+    """Return evidence of tensors of a variant, other than A, B, their biases, and those of DoRA and KaSA."""
+    if facts.config.kasa_config:
+        return ""
     known = (".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
     found = [name for name in facts.others if ".lora_" in name and not name.endswith(known)]
     return f"tensors of a variant: {format_some(found, 1)}" if found else ""
@@ -308,14 +320,20 @@ def _quantized(facts: AdapterFacts, base: BaseFacts) -> str:
     return f"the base is quantized ({method})" if method else ""
 
 
-def _tied(name: str) -> Callable[[AdapterFacts, BaseFacts], str]:
-    """Return a comparison that finds an adapter on one of two tied weights."""
+def _tied(*, is_head: bool) -> Callable[[AdapterFacts, BaseFacts], str]:
+    """Return a comparison that finds an adapter on one of two tied weights, the head or the embedding."""
 
     def compare(facts: AdapterFacts, base: BaseFacts) -> str:
-        found = [path for path in facts.pairs if path.rpartition(".")[2] == name]
-        return f"{found[0]} is adapted, and the base ties it" if found and base.shape.tied else ""
+        tied = {site.path if is_head else site.tied_to for site in base.shape.sites if site.tied_to}
+        found = [path for path in facts.pairs if path in tied]
+        return f"{found[0]} is adapted, and the base ties it" if found else ""
 
     return compare
+
+
+def _architecture(facts: AdapterFacts, base: BaseFacts) -> str:
+    name = base.shape.architecture
+    return f"vLLM has no LoRA for {name}" if name in VLLM_WITHOUT_LORA else ""
 
 
 def _template(facts: AdapterFacts, base: BaseFacts) -> str:
@@ -340,6 +358,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "rank pattern": _set("rank_pattern"),
     "alpha pattern": _set("alpha_pattern"),
     "dora": _set("use_dora"),
+    "kasa": _set("kasa_config"),
     "lora bias": _set("lora_bias"),
     "bias": Condition(_bias),
     "saved module": Condition(_saved),
@@ -371,8 +390,9 @@ CONDITIONS: Mapping[str, Condition] = {
     "grouped inputs": _of_base(_grouped),
     "missing sites": _of_base(_missing),
     "quantized base": _of_base(_quantized),
-    "tied head": _of_base(_tied(HEAD)),
-    "tied embedding": _of_base(_tied(EMBEDDING)),
+    "architecture": _of_base(_architecture),
+    "tied head": _of_base(_tied(is_head=True)),
+    "tied embedding": _of_base(_tied(is_head=False)),
     "chat template": _of_base(_template),
     "rope parameters": _of_base(lambda _, base: unread_rope(base)),
 }
