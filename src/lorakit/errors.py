@@ -7,6 +7,7 @@
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or some of its entries match nothing
     │  └─ NoTargetError              LORA-E021   none of a config's targets was found in the model
     ├─ AdapterError (ValueError)     LORA-E030   an adapter name is unknown, invalid or in use
+    │  └─ UnknownModelError          LORA-E032   a request names an adapter or a version that a server does not have
     ├─ RouteError (RuntimeError)     LORA-E040   a row's adapter is unknown or not available at a site
     │  ├─ RowCountError              LORA-E041   a route and a batch have different numbers of rows
     │  └─ MixedRowsError             LORA-E042   a module cannot process rows with different adapters in one batch
@@ -18,7 +19,8 @@
     ├─ ModelError (ValueError)       LORA-E070   a model or tokenizer cannot be found or used
     ├─ DataError (ValueError)        LORA-E080   training data cannot be read or used
     ├─ RunError (RuntimeError)       LORA-E090   a run directory or checkpoint cannot be used, or a run cannot continue
-    │  └─ NonFiniteError             LORA-E091   a loss, gradient or logit became NaN or infinite
+    │  ├─ NonFiniteError             LORA-E091   a loss, gradient or logit became NaN or infinite
+    │  └─ BusyError                  LORA-E092   a server has too many requests or is ending
     ├─ DiskError (OSError)           LORA-E100   a file could not be written
     ├─ MissingExtra (ImportError)    LORA-E110   an optional package is not installed
     └─ NotYetSupported (NotImplementedError) LORA-E120   a known feature is not implemented
@@ -142,6 +144,12 @@ class AdapterError(LorakitError, ValueError):
     code = "LORA-E030"
 
 
+class UnknownModelError(AdapterError):
+    """A request names an adapter or a version that a server does not have."""
+
+    code = "LORA-E032"
+
+
 class RouteError(LorakitError, RuntimeError, ValueError):
     """A row's adapter is unknown or not available at this site."""
 
@@ -225,6 +233,12 @@ class NonFiniteError(RunError):
     """A loss, gradient or logit became NaN or infinite."""
 
     code = "LORA-E091"
+
+
+class BusyError(RunError):
+    """A server has too many requests or is ending; the request can be repeated."""
+
+    code = "LORA-E092"
 
 
 class DiskError(LorakitError, OSError):

@@ -317,3 +317,15 @@ def test_an_adapter_that_replaces_another_is_not_mixed_up_with_it() -> None:
     after = tokens(run(engine, [row])[1])
     assert after == tokens(run(Engine(model), [row])[0])
     assert after != before
+
+
+def test_the_base_stays_the_base_when_the_first_adapter_comes_and_the_last_one_goes() -> None:
+    model = long_llama()
+    engine, row = Engine(model), Continuation(tuple(LONG[:9]), 8)
+    base = tokens(run(engine, [row])[0])
+    for number in (1, 3):
+        adapted(model, "plain")
+        found = run(engine, [row, Continuation(row.prompt, 8, adapter="plain")])
+        assert tokens(found[number]) == base != tokens(found[number + 1])
+        engine.forget("plain")
+        core.detach(model, "plain")

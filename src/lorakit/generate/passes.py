@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core import AdapterBank, continued, one_pass, route, use, without_adapters
+from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, RowCountError
 from lorakit.generate.blocks import Blocks, PassCache, UnstorableError
 from lorakit.generate.rows import Row
@@ -69,7 +70,7 @@ class Passes:
         ids = torch.tensor([row.chunk if self.pool else row.given.prompt], device=self.device)
         name = row.given.adapter
         try:
-            return self._over([row], ids, self._scope((name,)), row.starts)[0]
+            return self._over([row], ids, self._scope((name,), find_state(self._model)), row.starts)[0]
         except RowCountError:
             if name is None or name in self._unmixable:
                 raise
@@ -92,7 +93,7 @@ class Passes:
         """Process the last token of each row, and return the logits (rows, vocabulary) for the next ones."""
         tokens = torch.tensor([[row.last] for row in rows], device=self.device)
         starts = [row.starts for row in rows if row.starts is not None]
-        scope = self._scope(tuple(row.given.adapter for row in rows))
+        scope = self._scope(tuple(row.given.adapter for row in rows), find_state(self._model))
         return self._over(rows, tokens, scope, continued(self._model, starts) if starts else None)[:, -1]
 
     def reset(self) -> None:
@@ -107,8 +108,11 @@ class Passes:
         self._unmixable.discard(adapter)
         self._scope.cache_clear()
 
-    def _new_scope(self, names: tuple[str | None, ...]) -> Scope:
-        """Return a context manager, to be entered at each pass, that activates the adapter of each row."""
+    def _new_scope(self, names: tuple[str | None, ...], state: Hashable) -> Scope:
+        """Return a context manager, to be entered at each pass, that activates the adapter of each row.
+
+        It is for one state of the adapters: after the last one was removed, the next one begins another.
+        """
         if self._given is not None:
             return self._given
         if not any(names):

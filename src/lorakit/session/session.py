@@ -57,6 +57,7 @@ class Session:
         spec: The base, the task and the options.
         new_modules: Paths of modules that the model's files do not contain, such as a classification head.
         adapters: Name -> files of each loaded adapter, in the order of loading.
+        base_rows: Number of rows of the base's embedding, without those that adapters add; 0 if it has none.
         merged: Names of the adapters that were merged into the base in memory.
         base_matmul: How the base is multiplied, "int8" or "dtype".
         remarks: What the user should know.
@@ -74,7 +75,7 @@ class Session:
         self.merged: tuple[str, ...] = ()
         self.remarks = spec.remarks
         self.base_matmul: str = MATMUL_IN_DTYPE
-        self._base_rows = _vocabulary(loaded.model)
+        self.base_rows = _vocabulary(loaded.model)
         self._tokenizers: dict[str, SavedTokenizer] = {}
         self._lock = threading.RLock()
         self._acceleration: Acceleration | None = None
@@ -452,7 +453,7 @@ class Session:
         """
         name = self._chosen(adapter)
         own_rows = 0 if name is None else self.adapters[name].vocabulary
-        if _vocabulary(self.model) > max(self._base_rows, own_rows):
+        if _vocabulary(self.model) > max(self.base_rows, own_rows):
             text = (
                 "the base has rows for new tokens of another adapter, so the loss would differ from that in a session "
                 "without it; evaluate in such a session."
