@@ -384,7 +384,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "base name": _of_base(_base_name),
     "other base": _of_base(_other_base),
     "unknown name": _of_base(_lacks("name", "the base has no module with this name:")),
-    "language model": _of_base(_lacks("wrapper", f"paths differ from the base's by {WRAPPED!r}:")),
+    "language model": _of_base(_lacks("wrapper", f"paths differ from the base's by {WRAPPED!r} or 'model':")),
     "unknown path": _of_base(_lacks("path", "the base has no module")),
     "shape": _of_base(_shapes),
     "grouped inputs": _of_base(_grouped),

@@ -65,6 +65,8 @@ REMEDIES: Mapping[str, str] = {
     "untie": "lorakit merge{model} --adapter {adapter} --untie --output-dir OUTPUT, and serve the merged model",
     "resize and merge": "if the adapter was trained on a resized base, save that (model.resize_token_embeddings), "
     "and merge: lorakit merge --model BASE --adapter {adapter} --output-dir OUTPUT",
+    "groups": "if PEFT made the adapter on a base that GPTQ did not quantize, set use_qalora to false in "
+    "adapter_config.json; else lorakit export {format} {adapter}{served} --output-dir OUTPUT",
     "layer biases": "merge the adapter (lorakit merge) if its layers have biases, else train it without lora_bias",
     "plain": "merge the adapter and extract a plain one: lorakit merge, then lorakit extract --rank",
     "rank": "start the runtime with --max-lora-rank {limit}, or reduce the rank: lorakit compress --rank",
@@ -103,7 +105,7 @@ VLLM: Mapping[str, Rule] = {
     "alora": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "gguf"),
     "init": Rule(REJECTED, _VLLM_HELPER + "_init_is_supported", RUN, "plain"),
     "bd-lora": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "export"),
-    "qa-lora": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "export"),
+    "qa-lora": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "groups"),
     "grouped inputs": Rule(REJECTED, _VLLM_HELPER + "_validate_features", RUN, "export"),
     "lora-xs": Rule(REJECTED, _VLLM_NAMES, RUN, "export"),
     "extra tensors": Rule(REJECTED, _VLLM_NAMES, RUN, "export"),

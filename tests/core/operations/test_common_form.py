@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,21 @@ def test_every_variant_is_exact_or_rejected_by_name(base: nn.Module, tmp_path: P
     write(adapter.weights, tmp_path / "common")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "common").eval()
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=2e-6)
+
+
+def test_peft_s_qa_lora_is_rejected_unless_it_is_plain_lora(base: nn.Module, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(target_modules=TARGETS, use_qalora=True, init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path / "one")  # A reads each input, because the base is not quantized by GPTQ
+    with pytest.raises(AdapterFileError) as caught:
+        common_form(tmp_path / "one")
+    assert caught.value.field == "use_qalora"
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": False}))
+    write(common_form(tmp_path / "one").weights, tmp_path / "common")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "common").eval()
+    torch.testing.assert_close(logits(again), logits(theirs.eval()), rtol=0, atol=2e-6)
 
 
 def test_values_that_are_not_finite_are_rejected(base: nn.Module, tmp_path: Path) -> None:

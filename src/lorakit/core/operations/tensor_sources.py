@@ -249,12 +249,16 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
 def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> AdapterWeights:
     """Read an adapter from disk without a model; `allow` can hold "nonfinite".
 
-    An AdapterFileError if a file is damaged, or if a scale, the rank of a bare parameter, or what an init changed in
-    the base cannot be known without a model.
+    An AdapterFileError if a file is damaged, or if a scale, the rank of a bare parameter, what an init changed in the
+    base, or what A of a variant reads cannot be known without a model.
     """
     files = read_adapter(folder)
     config = files.config
     _check_bare_known(files)
+    for variant in variants_of(config) if files.sidecar.base is None else ():
+        if variant.unclear:
+            text = f"{folder}: the files do not show what A of {variant.title} reads: {variant.unclear}"
+            raise AdapterFileError(text, what=variant.title, where=folder, field=variant.field)
     findings = judge_files(files, allow)
     factors, others = _by_site(files.file.tensors, config, lambda path, A: _site_on_disk(files, path, A))
     plain = on_the_original(files, {p: (f.A, f.B, f.experts if f.names else 0) for p, f in factors.items()})

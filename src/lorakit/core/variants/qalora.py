@@ -50,4 +50,6 @@ QALORA = Variant(
     fits=only_dense,
     parts=Parts(shapes=_shapes),
     factors=_factors,
+    unclear="it reads means of groups if the base is quantized by GPTQ, else (in PEFT) each input. In the first case, "
+    "load the adapter on its base, and save it; in the second, set use_qalora to false in adapter_config.json.",
 )

@@ -301,6 +301,8 @@ class Variant:
         combine: Function that takes a site's path, addends and base weight, and returns the sum as one factor of this
             variant; None if the sum is plain LoRA; or why adapters with different values of `field` cannot be combined,
             such as "have different invocation tokens": if the values are equal, the result has the same value.
+        unclear: What files without a fingerprint of the base, such as PEFT's, do not say about A and B, and what to do;
+            "" if nothing.
     """
 
     name: str
@@ -317,6 +319,7 @@ class Variant:
     move: Move | None = None
     penalty: Penalty | None = None
     combine: Callable[[str, Sequence[Addend], Reading], Sum] | str | None = None
+    unclear: str = ""
 
     @cached_property  # read in each forward pass
     def is_held_as_lora(self) -> bool:
