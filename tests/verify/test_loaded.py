@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lorakit.errors import ConfigError, NonFiniteError, UsageError
 from lorakit.export import formats
 from lorakit.session import Session, SessionOptions
 from lorakit.verify import Comparison, VerifyOptions, verify
-from lorakit.verify.loaded import add_update
+from lorakit.verify.loaded import LoadedRuntime, SessionRuntime, add_update, chosen
 
 
 def compared(folder: Path, base: Path, *against: str, **fields: Any) -> dict[str, Comparison]:
@@ -188,6 +189,22 @@ def test_an_adapter_with_nan(save_adapter: Callable[..., Path], tiny_model_direc
     folder = save_adapter("notes", spread=float("nan"))
     with pytest.raises(NonFiniteError):
         compared(folder, tiny_model_directory, session=SessionOptions("float32", "cpu", allow=("nonfinite",)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_runtime_with_nan(
+    save_adapter: Callable[..., Path], tiny_model_directory: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undefined(runtime: LoadedRuntime, ids: Sequence[int], other: str | None = None) -> list[float]:
+        return [*chosen(runtime.scores(ids, other), ids)[:-1], value]
+
+    monkeypatch.setattr(LoadedRuntime, "log_probabilities", undefined)
+    monkeypatch.setattr(
+        SessionRuntime, "log_probabilities", lambda self, ids, other: chosen(self.scores(ids, other), ids)
+    )
+    with pytest.raises(NonFiniteError) as caught:
+        compared(save_adapter("notes"), tiny_model_directory, "merged")
+    assert caught.value.where == "merged"
 
 
 def test_an_adapter_that_classifies(tiny_model_directory: Path, tmp_path: Path) -> None:

@@ -93,10 +93,13 @@ def test_two_names_for_one_model(adapters: dict[str, Path], tiny_model_directory
     assert any("copy" in problem for problem in one.problems)
 
 
-def test_values_of_other_dtypes_are_not_judged(adapters: dict[str, Path], tiny_model_directory: Path) -> None:
+@pytest.mark.parametrize("shift", [0.01, -0.01])
+def test_values_of_other_dtypes_are_not_judged(
+    adapters: dict[str, Path], tiny_model_directory: Path, shift: float
+) -> None:
     from lorakit.session import SessionOptions
 
-    noisy = with_values(lambda values: [None, *(value + 0.01 for value in values[1:])])
+    noisy = with_values(lambda values: [None, *(value + shift for value in values[1:])])
     with serving(Models(tiny_model_directory, adapters), noisy) as url:
         judged = compared(url, adapters, tiny_model_directory)
         other = compared(url, adapters, tiny_model_directory, session=SessionOptions(dtype="bfloat16", device="cpu"))
@@ -253,6 +256,10 @@ def test_two_adapters_with_one_name_in_llama_cpp(adapters: dict[str, Path], tiny
             "/lora-adapters": [{"id": 0, "path": "notes.gguf"}],
             "/detokenize": {"content": "\ufffd"},
             "/completion": {"model": "base", "completion_probabilities": [{"top_logprobs": [{"id": [1]}]}]},
+        },
+        {
+            "/lora-adapters": [{"id": 0, "path": "notes.gguf"}],
+            "/completion": {"model": "base", "completion_probabilities": [{"id": 1, "logprob": -1.0}] * 9},
         },
     ],
 )
