@@ -18,7 +18,19 @@ from pydantic import BaseModel, Field
 
 from lorakit import hub
 from lorakit.errors import ConfigError, MissingExtra, ModelError
-from lorakit.generate import JSON_OBJECT, Constraint, GrammarCompiler, Sampler, Sampling, TextStream
+from lorakit.generate import (
+    JSON_OBJECT,
+    Constraint,
+    Continuation,
+    Engine,
+    Failure,
+    GrammarCompiler,
+    NewToken,
+    PromptRead,
+    Sampler,
+    Sampling,
+    TextStream,
+)
 
 VOCABULARY = 49_152
 END = 2
@@ -244,6 +256,51 @@ def test_min_tokens_yields_to_a_finished_answer(tiny_tokenizer: Any) -> None:
     constraint.advance(answer[0])
     assert tiny_tokenizer.decode(answer) == "7" and constraint.is_finished
     assert sampler.pick(constraint.mask(torch.zeros(512))) == 0
+
+
+def test_rows_with_and_without_schemas_share_an_engine(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    compiler = GrammarCompiler(tiny_tokenizer, 512, [0])
+    closing = {i: 30.0 for i in range(4, len(tiny_tokenizer)) if set(tiny_tokenizer.decode([i])) <= set('"}],:')}
+    prompt, schema = (
+        (5, 17, 200),
+        {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False, "type": "object"},
+    )
+
+    def continued(*rows: Continuation) -> list[list[NewToken | Failure]]:
+        engine, found = Engine(tiny_llama.eval()), dict[int, list[NewToken | Failure]]()
+        for row in rows:
+            found[engine.submit(row)] = []
+        while not engine.is_idle:
+            for event in engine.step():
+                assert not isinstance(event, PromptRead)
+                found[event.row].append(event)
+        return [*found.values()]
+
+    free = Continuation(prompt, 60, Sampling(0.8, seed=3))
+    constrained = [
+        Continuation(
+            prompt,
+            60,
+            Sampling(temperature, seed=3, logit_bias=closing),
+            eos_ids={0},
+            logprobs=0,
+            constraint=compiler.start(schema),
+        )
+        for temperature in (0.0, 1.5)
+    ]
+    broken = compiler.start(schema)
+    with pytest.raises(ConfigError):
+        broken.advance(tiny_tokenizer.convert_tokens_to_ids("x"))
+    found = continued(free, *constrained, Continuation(prompt, 60, constraint=broken))
+    assert found[0] == continued(free)[0]
+    for events in found[1:3]:
+        value = json.loads(tiny_tokenizer.decode([new.token for new in events if isinstance(new, NewToken)]))
+        assert isinstance(value["a"], int)
+        assert [new.ended for new in events if isinstance(new, NewToken)] == [None] * (len(events) - 1) + ["stop"]
+        raw = [new.logprobs for new in events if isinstance(new, NewToken)]
+        assert any(one is not None and one.rank > 1 for one in raw)  # of the model, before the mask
+    (failure,) = found[3]
+    assert isinstance(failure, Failure) and isinstance(failure.error, ConfigError)
 
 
 def test_tokenizers_that_are_not_supported_are_named(tiny_tokenizer: Any) -> None:

@@ -110,7 +110,7 @@ class Engine:
 
     def _row(self, given: Continuation) -> Row:
         left = given.max_new_tokens if self._context is None else self._context - len(given.prompt)
-        sampler = Sampler(given.sampling, given.prompt, given.eos_ids)
+        sampler = Sampler(given.sampling, given.prompt, given.eos_ids, given.constraint)
         return Row(self.submitted, given, min(given.max_new_tokens, left), sampler)
 
     def cancel(self, number: int) -> None:
@@ -218,16 +218,21 @@ class Engine:
         new = list[Event]()
         for i, row in enumerate(rows):
             row.made += 1
-            if finite[i]:
-                row.last = picked[i] if row.sampler.is_greedy else row.sampler.pick(logits[i])
-                ended, top = row.ending(), row.given.logprobs
-                values = None if top is None else logprobs(logits[i], row.last, top)
-                new.append(NewToken(row.number, row.last, ended, values))
-            else:
-                new.append(Failure(row.number, _not_finite(row)))
-            if not finite[i] or ended is not None:
+            event = self._choose(row, logits[i], picked[i]) if finite[i] else Failure(row.number, _not_finite(row))
+            new.append(event)
+            if isinstance(event, Failure) or event.ended is not None:
                 self.cancel(row.number)
         return new
+
+    @staticmethod
+    def _choose(row: Row, logits: Tensor, likeliest: int) -> NewToken | Failure:
+        """Choose the next token of a row from logits (vocabulary,)."""
+        try:
+            row.last = likeliest if row.sampler.is_greedy else row.sampler.pick(logits)
+        except ConfigError as error:  # its constraint became too complex
+            return Failure(row.number, error)
+        top = row.given.logprobs
+        return NewToken(row.number, row.last, row.ending(), None if top is None else logprobs(logits, row.last, top))
 
 
 class _Prefixes:

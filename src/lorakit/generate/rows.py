@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lorakit.errors import LorakitError
 from lorakit.generate.blocks import BLOCK, Stored
+from lorakit.generate.grammar import Constraint
 from lorakit.generate.sampling import Sampler, Sampling, TokenLogprobs
 
 CHUNK = 128
@@ -17,8 +18,8 @@ CHUNK = 128
 rows wait longer for their next token."""
 
 Ending = Literal["eos", "stop", "length", "context"]
-"""The reason a row ended: it produced a token in `eos_ids`, `until` returned True, it reached `max_new_tokens`, or it
-filled the model's context."""
+"""The reason a row ended: it produced a token in `eos_ids`, `until` returned True or its `constraint` is finished, it
+reached `max_new_tokens`, or it filled the model's context."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Continuation:
         logprobs: Number of most likely tokens whose log-probabilities each new token has, or None for no
             log-probabilities.
         prompt_logprobs: The same for the tokens of the prompt (`PromptRead`).
+        constraint: What the new tokens must follow, or None; each row needs its own.
     """
 
     prompt: tuple[int, ...]
@@ -84,6 +86,7 @@ class Continuation:
     owner: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(eq=False)
@@ -143,6 +146,8 @@ class Row:
         if self.last in self.given.eos_ids:
             return "eos"
         if self.given.until is not None and self.given.until(self.last):
+            return "stop"
+        if self.given.constraint is not None and self.given.constraint.is_finished:
             return "stop"
         if self.made < self.room:
             return None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorakit.choices import SAMPLING_RULES
 from lorakit.errors import ConfigError
+from lorakit.generate.grammar import Constraint
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,17 @@ class Sampler:
         sampling: The settings.
         prompt_ids: Tokens of the prompt.
         end_ids: Tokens that end the answer, which are not picked before `min_tokens`.
+        constraint: Restricts the tokens, or None; it must not be shared with other rows.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Iterable[int] = (), end_ids: Collection[int] = ()) -> None:
-        self.sampling = sampling
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Iterable[int] = (),
+        end_ids: Collection[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.sampling, self._constraint = sampling, constraint
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._prompt_ids, self._ends, self._made = prompt_ids, sorted(end_ids), 0
         self._is_repeating = sampling.repetition_penalty != 1
@@ -91,7 +99,7 @@ class Sampler:
     def is_greedy(self) -> bool:
         """Return whether the most likely token of unchanged logits is picked, for now and all further tokens."""
         is_changed = self._is_counting or bool(self.sampling.logit_bias) or self._waits
-        return self.sampling.temperature == 0 and not is_changed
+        return self.sampling.temperature == 0 and self._constraint is None and not is_changed
 
     @property
     def _waits(self) -> bool:
@@ -101,7 +109,12 @@ class Sampler:
         """Choose a token from logits (vocabulary,) for the next position, on any device, note it and return its id.
 
         Logits of -inf mark tokens that are never picked; at least one must be finite.
+
+        Raises:
+            ConfigError: The constraint cannot be followed further.
         """
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
         logits = logits if self.is_greedy else self.processed(logits)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
@@ -111,6 +124,8 @@ class Sampler:
         self._made += 1
         if self._counts is not None:
             self._counts[token] += 1
+        if self._constraint is not None:
+            self._constraint.advance(token)
         return token
 
     def processed(self, logits: Tensor) -> Tensor:
