@@ -18,6 +18,7 @@ from lorakit.export.formats import export
 from lorakit.export.request import ExportRequest
 from lorakit.verify import VerifyOptions, verify
 from lorakit.verify.llama_cpp import running
+from lorakit.verify.runtime import BASE
 from lorakit.verify.servers import LlamaServer
 
 pytestmark = [
@@ -37,21 +38,30 @@ def patterns(family: str) -> dict[str, Any]:
     return {"use_rslora": True, "rank_pattern": {names[0]: 2}, "alpha_pattern": {names[1]: 5}}
 
 
-def expected(base: Any, folder: Path, **settings: Any) -> list[float]:
-    """Save a random adapter of peft, and return its log-probability of each token but the first."""
-    model = with_random_adapter(copy.deepcopy(base), folder, 0.1, **settings)
+def own_values(model: Any) -> list[float]:
+    """Return the log-probability that a model gives to each token but the first."""
     with torch.no_grad():
         scores = model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
     return scores[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0].tolist()
 
 
-def in_llama_cpp(base: Path, adapter: Path) -> list[float]:
-    """Return the log-probability that llama.cpp gives to each token but the first."""
+def expected(base: Any, folder: Path, **settings: Any) -> list[float]:
+    """Save a random adapter of peft, and return its log-probability of each token but the first."""
+    return own_values(with_random_adapter(copy.deepcopy(base), folder, 0.1, **settings))
+
+
+def largest(values: list[float], others: list[float]) -> float:
+    return max(abs(one - other) for one, other in zip(values, others, strict=True))
+
+
+def in_llama_cpp(base: Path, adapter: Path | None) -> list[float]:
+    """Return the log-probability that llama.cpp gives to each token but the first, with an adapter or the base's."""
     pytest.importorskip("xllamacpp")
     request: Any = SimpleNamespace(added_ids=frozenset(), end_ids=frozenset([60]))
     with running(base, adapter, 64) as client:
         models: Any = client.get("/v1/models")["data"]
-        return LlamaServer(client, models, request, adapter.stem).log_probabilities(IDS)
+        name = BASE if adapter is None else adapter.stem
+        return LlamaServer(client, models, request, name).log_probabilities(IDS)
 
 
 def difference(family: str, folder: Path, **settings: Any) -> float:
@@ -63,13 +73,30 @@ def difference(family: str, folder: Path, **settings: Any) -> float:
     exported, output = export("gguf", request, folder / "out")
     (file,) = output.iterdir()
     assert file.name == f"{exported.name}.gguf"
-    found = in_llama_cpp(write_base(base, folder / "base.gguf"), file)
-    return max(abs(one - other) for one, other in zip(values, found, strict=True))
+    return largest(values, in_llama_cpp(write_base(base, folder / "base.gguf"), file))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_peft_does(tmp_path: Path, family: str) -> None:
     assert difference(family, tmp_path, **patterns(family)) < BOUND
+
+
+class GeluOfTable(torch.nn.Module):
+    """GELU as ggml computes it on a CPU: from a table whose arguments and values are rounded to F16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3_text"])
+def test_a_table_of_gelu_explains_the_difference_of_bases(tmp_path: Path, family: str) -> None:
+    base = random(family, 0.1)
+    found = in_llama_cpp(write_base(base, tmp_path / "base.gguf"), None)
+    exact = largest(own_values(base), found)
+    for layer in base.modules():
+        for name in {"act", "act_fn"} & dict(layer.named_children()).keys():
+            setattr(layer, name, GeluOfTable())
+    assert 1e-4 < exact and largest(own_values(base), found) < exact / 4
 
 
 @pytest.mark.costly(cases=0)
