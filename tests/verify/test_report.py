@@ -56,3 +56,7 @@ def test_what_is_judged(fields: dict[str, Any], problems: int, in_other_dtypes: 
     plain = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert plain["good"] == report.is_good and plain["comparisons"][1]["problems"] == one.problems
     assert plain["comparisons"][0]["difference"] == 2e-4
+
+
+def test_nothing_compared_is_not_good() -> None:
+    assert not VerifyReport("notes", "0" * 64, "base", "float32", "packaged", 2.0, {}, []).is_good

@@ -139,8 +139,8 @@ class VerifyReport:
 
     @property
     def is_good(self) -> bool:
-        """Return whether no comparison has a problem."""
-        return not any(one.problems for one in self.comparisons)
+        """Return whether there are comparisons, and none has a problem."""
+        return bool(self.comparisons) and not any(one.problems for one in self.comparisons)
 
     def as_dict(self) -> JsonObject:
         """Return the report as JSON values."""
