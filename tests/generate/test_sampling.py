@@ -38,6 +38,18 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: list[float]) -
     assert torch.allclose(probabilities(LOGITS, Sampling(1.0, top_p=top_p)), torch.tensor(kept).float(), atol=1e-6)
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.9, 0.999, 1 - 1e-7])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
+def test_top_p_of_flat_and_peaked_distributions(top_p: float, spread: float) -> None:
+    p = torch.softmax(torch.randn(20_000, generator=torch.Generator().manual_seed(4)).double() * spread, -1)
+    order = p.sort(descending=True, stable=True).indices
+    before = p[order].cumsum(-1) - p[order]
+    found = probabilities(p.log(), Sampling(1.0, top_p=top_p)).nonzero().flatten()
+    few, many = (int((before < top_p + error).sum()) for error in (-1e-5, 1e-5))  # float32 has such errors
+    assert max(few, 1) <= len(found) <= many
+    assert sorted(order[: len(found)].tolist()) == found.tolist() or spread == 0.01  # where float32 has equal values
+
+
 def test_a_temperature_near_zero_is_greedy_and_does_not_overflow() -> None:
     assert probabilities(torch.tensor([5.0, 900.0, -3.0]), Sampling(temperature=1e-30)).tolist() == [0, 1, 0]
 

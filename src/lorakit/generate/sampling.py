@@ -119,8 +119,10 @@ class Sampler:
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:
-            weights = probabilities(logits, self.sampling)
-            token = int(torch.multinomial(weights, 1, generator=self._generator))
+            # one random number; torch.multinomial draws one per token of the vocabulary, which takes longer than the rest
+            total = probabilities(logits, self.sampling).double().cumsum(-1)
+            drawn = torch.rand(1, dtype=torch.float64, generator=self._generator) * total[-1]
+            token = int(torch.searchsorted(total, drawn, right=True))
         self._made += 1
         if self._counts is not None:
             self._counts[token] += 1
@@ -152,9 +154,10 @@ class Sampler:
         if self._is_counting:
             counts = self._counted(z.numel())
             if self._prompt is not None:
-                seen, penalty = self._prompt | (counts > 0), sampling.repetition_penalty
-                z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
-            z -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+                seen, penalty = (self._prompt | (counts > 0)).nonzero().flatten(), sampling.repetition_penalty
+                z[seen] = torch.where(z[seen] > 0, z[seen] / penalty, z[seen] * penalty)
+            answered = counts.nonzero().flatten()
+            z[answered] -= sampling.frequency_penalty * counts[answered] + sampling.presence_penalty
         return z
 
     def _counted(self, vocabulary: int) -> Tensor:
@@ -190,9 +193,12 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         z = z.masked_fill(z < z.topk(sampling.top_k).values[-1], -torch.inf)
     p = torch.softmax(z, dim=-1)
     if sampling.top_p < 1:
-        ordered, order = p.sort(descending=True, stable=True)
+        # all tokens below this value together have at most 1 - top_p, so none of them is kept or need be sorted
+        largest = (p > (1 - sampling.top_p) / p.numel()).nonzero().flatten()
+        ordered, order = p[largest].sort(descending=True, stable=True)
         reached_before = ordered.cumsum(-1) - ordered
-        p = p.index_fill(0, order[reached_before >= sampling.top_p], 0.0)
+        kept = largest[order[reached_before < sampling.top_p]]
+        p = torch.zeros_like(p).index_copy(0, kept, p[kept])
     return p / p.sum()
 
 
