@@ -119,7 +119,7 @@ class Sampler:
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:
-            # one random number; torch.multinomial draws one per token of the vocabulary, which takes longer than the rest
+            # one random number; torch.multinomial draws one per token of the vocabulary
             total = probabilities(logits, self.sampling).double().cumsum(-1)
             drawn = torch.rand(1, dtype=torch.float64, generator=self._generator) * total[-1]
             token = int(torch.searchsorted(total, drawn, right=True))
