@@ -148,8 +148,7 @@ static int linear_with_vectors(const number *x, const number *W, const number *b
 #define ROW_OF_TILE (2 * EDGE)      /* values in a row of a tile */
 #define TWO (2 * EDGE)              /* outputs, and rows, that are computed together: two tiles each */
 #define PAIRS_OF_TILE (EDGE * EDGE)
-#define BLOCK_IN_CACHE (1 << 18)    /* bytes of TWO rows of W; the same number of the next ones is prefetched */
-#define AHEAD_IN_ROW 1024           /* bytes that are prefetched in each row if the rows are longer */
+#define SHORT_ROWS (1 << 16)        /* bytes of TWO rows of W up to which it is prefetched; longer ones gain nothing */
 
 typedef struct {
     const number *x, *W, *bias;
@@ -176,7 +175,7 @@ static void linear_pairs(Linear s, const number *x, int64_t count, int64_t acros
 }
 
 /* sums (TWO, TWO) of outputs and rows, for `tall` tiles of outputs and `across` tiles of rows; `last` has the values of
- * the outputs after `whole` steps, or is null; W is prefetched `ahead` bytes before it is read, unless that is 0 */
+ * the outputs after `whole` steps, or is null; what is `ahead` bytes behind W is prefetched, unless that is 0 */
 static inline __attribute__((always_inline)) void linear_tiles(const number *W, int64_t W_row, int64_t whole,
                                                                const number *last, const pair *x, int64_t ahead,
                                                                float *sums, const int tall, const int across) {
@@ -188,7 +187,7 @@ static inline __attribute__((always_inline)) void linear_tiles(const number *W, 
         const number *w = k < whole ? W + k * ROW_OF_TILE : last;
         int64_t row = (k < whole ? W_row : ROW_OF_TILE) * (int64_t)sizeof(number);
         for (int64_t i = 0; ahead && i < tall * EDGE; i++)
-            __builtin_prefetch((const void *)((uintptr_t)w + (uintptr_t)(i * row + ahead)), 0, 2);
+            __builtin_prefetch((const void *)((uintptr_t)W + (uintptr_t)(ahead + (k * tall * EDGE + i) * 64)), 0, 2);
         _tile_loadd(4, w, row);
         _tile_loadd(6, x, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -226,7 +225,7 @@ static void linear_rounded(Linear s, const float *sums, int64_t o, int64_t outs,
 /* y for all rows, and for TWO outputs from o on, or as many as there are; then `room` (TWO, in) is a buffer for them */
 static void linear_two(Linear s, int64_t o, const pair *pairs, number *room) {
     int64_t outs = shorter(TWO, s.out - o), whole = s.in / ROW_OF_TILE, width = whole * ROW_OF_TILE, row = s.W_row;
-    int64_t block = TWO * row * (int64_t)sizeof(number), ahead = block > BLOCK_IN_CACHE ? AHEAD_IN_ROW : block;
+    int64_t block = TWO * row * (int64_t)sizeof(number), ahead = block > SHORT_ROWS ? 0 : block;
     const number *W = s.W + o * row;
     number last[TWO * ROW_OF_TILE] = {0};
     float sums[TWO * TWO];
