@@ -15,6 +15,7 @@ import transformers
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from tests import small_models
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 from lorakit import core
@@ -166,6 +167,17 @@ def _template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
 
 
+def added_tokens(*added: str) -> Edit:
+    """Return an edit that writes the tokenizer of one word and added tokens, as transformers 5 does."""
+
+    def edit(folder: Path) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"t0": 0}, unk_token="t0"))
+        tokenizer.add_tokens(list(added))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(folder)
+
+    return edit
+
+
 BD = BdLoraConfig(target_modules_bd_a=["q_proj", "v_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
 QUANTIZED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
@@ -220,6 +232,7 @@ SPECIMENS: dict[str, Specimen] = {
     "architecture": Specimen({"target_modules": ["c_attn"]}, trained_on="gpt2", served_on="gpt2"),
     "tied head": Specimen({"target_modules": ["lm_head"]}, trained_on="tied", served_on="tied"),
     "tied embedding": Specimen({"target_modules": ["embed_tokens"]}, trained_on="tied", served_on="tied"),
+    "tokenizer": Specimen(edit=added_tokens("<s>", "<tool>"), edit_base=added_tokens("<s>")),
     "chat template": Specimen(edit=_template),
     "rope parameters": Specimen(),  # transformers 5 writes the base's config so
 }

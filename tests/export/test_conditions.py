@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.export.specimens import SPECIMENS, Specimen
+from tests import small_models
+from tests.export.specimens import SPECIMENS, Specimen, added_tokens
 
 from lorakit.export.conditions import CONDITIONS
 from lorakit.export.facts import AdapterFacts, adapter_facts, base_facts
@@ -32,6 +34,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> AdapterFacts:
 def test_tied_weights_of_any_name(tmp_path: Path) -> None:
     facts = facts_of(Specimen({"target_modules": ["wte"]}, trained_on="gpt2", served_on="gpt2"), tmp_path)
     assert CONDITIONS["tied embedding"].find(facts) and not CONDITIONS["tied head"].find(facts)
+
+
+def test_tokens_of_transformers_5_beyond_the_vocabulary(tmp_path: Path) -> None:
+    tokens = [f"<{number}>" for number in range(small_models.VOCABULARY)]
+    facts = facts_of(Specimen(edit=added_tokens(*tokens)), tmp_path)
+    assert CONDITIONS["new tokens"].find(facts) == "the tokenizer adds 1 token to a vocabulary of 61"
+    own = replace(facts, base=replace(facts.base, added_tokens=facts.added_tokens))
+    assert not CONDITIONS["new tokens"].find(own) and not CONDITIONS["tokenizer"].find(own)
 
 
 def test_each_condition_has_an_adapter() -> None:

@@ -98,11 +98,12 @@ def test_a_chat_template_is_read_in_each_form(tmp_path: Path, name: str, content
     assert chat_template(tmp_path) == expected
 
 
-def test_added_tokens_are_read_from_both_files(tmp_path: Path) -> None:
+def test_added_tokens_are_read_from_all_files(tmp_path: Path) -> None:
     folder = written(tmp_path, torch.ones(2))
     (folder / "added_tokens.json").write_text('{"<a>": 7}')
     (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"9": {"content": "<b>"}, "x": {}}}')
-    assert adapter_facts(folder).added_tokens == {7, 9}
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 11, "content": "<c>"}, {}]}')
+    assert adapter_facts(folder).added_tokens == {7: "<a>", 9: "<b>", 11: "<c>"}
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from tests import small_models
 from tests.conftest import CHAT_TEMPLATE
 from tests.export.bases import FAMILIES, ROPE, random
-from tests.export.specimens import with_random_adapter
+from tests.export.specimens import added_tokens, with_random_adapter
 from tests.export.test_gguf import IDS, patterns
 from tests.gguf_models import ggml_quantized, write_base
 from tests.small_gguf import own_gguf_cache  # noqa: F401 - a fixture
@@ -349,6 +349,15 @@ def test_a_base_without_known_values(tmp_path: Path) -> None:
     config = hub.resolve(tmp_path / "base" / "config.json")
     exported, _ = merged(replace(request, base=config), tmp_path / "out")
     assert len(exported.notes) == 1
+
+
+def test_tokens_that_the_file_lacks(tmp_path: Path) -> None:
+    request = files(random("llama", 0.1), tmp_path)
+    added_tokens("t1", "<tool>")(tmp_path / "adapter")
+    (note,) = merged(request, tmp_path / "out")[0].notes
+    assert "lacks <tool> of" in note
+    added_tokens("t1")(tmp_path / "adapter")
+    assert merged(request, tmp_path / "again")[0].notes == ()
 
 
 DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"

@@ -47,17 +47,11 @@ MLX_THETAS: Mapping[str, float] = {
 }
 """Type of a model whose module in mlx-lm 0.32.2 reads `rope_theta`, but not `rope_parameters` -> its default there."""
 
-VLLM_WITHOUT_LORA = frozenset(
-    f"{name}ForCausalLM"
-    for name in (
-        *("BailingMoeV2_5", "BailingMoeV3", "Bloom", "Cohere2Moe", "Dbrx", "DeepseekV4", "Falcon", "FalconMamba"),
-        *("Gemma3n", "Glm5Next", "GPTJ", "HrmText", "HCXVisionV2", "IQuestLoopCoder", "KimiLinear", "Mamba", "Mamba2"),
-        *("MiniMaxM3Sparse", "MiMoV2Flash", "MiMoV2", "Orion", "Step1", "Step3Text", "Step3p5", "StableLm", "Zamba2"),
-    )
-) | {"GPT2LMHeadModel"}
+_LACKING = """BailingMoeV2_5 BailingMoeV3 Bloom Cohere2Moe Dbrx DeepseekV4 Falcon FalconMamba Gemma3n Glm5Next GPTJ
+HrmText HCXVisionV2 IQuestLoopCoder KimiLinear Mamba Mamba2 MiniMaxM3Sparse MiMoV2Flash MiMoV2 Orion Step1 Step3Text
+Step3p5 StableLm Zamba2"""
+VLLM_WITHOUT_LORA = {"GPT2LMHeadModel", *(f"{name}ForCausalLM" for name in _LACKING.split())}
 """Language models for which vLLM 0.32 does not start with adapters."""
-
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,8 @@ def _rows(facts: AdapterFacts) -> str:
 
 def _new_tokens(facts: AdapterFacts) -> str:
     """Return evidence of tokens beyond the vocabulary of the base."""
-    known = facts.vocabulary
-    new = [one for one in facts.added_tokens if 0 < known <= one]
+    known, own = facts.vocabulary, set(facts.base.added_tokens.values()) if facts.base is not None else set()
+    new = [text for one, text in facts.added_tokens.items() if 0 < known <= one and text not in own]
     return f"the tokenizer adds {format_count(len(new), 'token')} to a vocabulary of {known:,}" if new else ""
 
 
@@ -331,9 +325,11 @@ def _tied(*, is_head: bool) -> Callable[[AdapterFacts, BaseFacts], str]:
     return compare
 
 
-def _architecture(facts: AdapterFacts, base: BaseFacts) -> str:
-    name = base.shape.architecture
-    return f"vLLM has no LoRA for {name}" if name in VLLM_WITHOUT_LORA else ""
+def _tokenizer(facts: AdapterFacts, base: BaseFacts) -> str:
+    """Return evidence of tokens that the base's tokenizer does not have, also in rows that the base has."""
+    known = base.added_tokens.values()
+    new = [text for text in facts.added_tokens.values() if known and text not in known]
+    return f"the base's tokenizer lacks {format_some(new)}" if new else ""
 
 
 def _template(facts: AdapterFacts, base: BaseFacts) -> str:
@@ -390,9 +386,10 @@ CONDITIONS: Mapping[str, Condition] = {
     "grouped inputs": _of_base(_grouped),
     "missing sites": _of_base(_missing),
     "quantized base": _of_base(_quantized),
-    "architecture": _of_base(_architecture),
+    "architecture": _of_base(lambda _, base: base.shape.architecture * (base.shape.architecture in VLLM_WITHOUT_LORA)),
     "tied head": _of_base(_tied(is_head=True)),
     "tied embedding": _of_base(_tied(is_head=False)),
+    "tokenizer": _of_base(_tokenizer),
     "chat template": _of_base(_template),
     "rope parameters": _of_base(lambda _, base: unread_rope(base)),
 }

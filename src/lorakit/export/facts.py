@@ -24,7 +24,7 @@ from lorakit.hub_cache import HubOptions, adapter_from_hub
 from lorakit.tensor_headers import ENDINGS, MAX_FILE_BYTES, PREFIX, StoredTensor, parse_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-TEMPLATE_FILE, TOKENIZER_CONFIG, ADDED_TOKENS_FILE = "chat_template.jinja", "tokenizer_config.json", "added_tokens.json"
+TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 MAX_BYTES = 64 << 20
 
 _NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -54,12 +54,14 @@ class BaseFacts:
         names: Every string that names it: as given, as recorded in adapters, and its path or Hub id.
         config: The contents of its `config.json`; empty for a GGUF file.
         template: Its default chat template, or None.
+        added_tokens: Id -> text of the tokens that its tokenizer adds; empty if that is not known.
     """
 
     names: frozenset[str]
     shape: ModelShape
     config: JsonObject
     template: str | None
+    added_tokens: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -78,7 +80,7 @@ class AdapterFacts:
         nonfinite: Names of the tensors with NaN or infinite values.
         fingerprint: The base that `lorakit.json` describes; empty if there is none.
         template: The default chat template in the adapter's directory, or None.
-        added_tokens: Ids of the tokens that the adapter's tokenizer adds to those of its model file.
+        added_tokens: Id -> text of the tokens that the adapter's tokenizer adds to those of its model file.
         max_rank: The rank that the runtime is started for.
     """
 
@@ -90,7 +92,7 @@ class AdapterFacts:
     nonfinite: tuple[str, ...] = ()
     fingerprint: JsonObject = field(default_factory=dict)
     template: str | None = None
-    added_tokens: frozenset[int] = frozenset()
+    added_tokens: Mapping[int, str] = field(default_factory=dict)
     base: BaseFacts | None = None
     max_rank: int = MAX_RANK
 
@@ -132,7 +134,7 @@ def adapter_facts(
         nonfinite=tuple(name.removeprefix(PREFIX) for name, tensor in tensors.items() if not _is_finite(data, tensor)),
         fingerprint=as_object(values.get("base")),
         template=chat_template(folder),
-        added_tokens=_added_tokens(folder),
+        added_tokens=added_tokens(folder),
         base=base,
         max_rank=max_rank,
     )
@@ -156,6 +158,7 @@ def base_facts(model: str | hub.ModelSource) -> BaseFacts:
         shape=hub.shape_of(model),
         config={} if config is None else as_object(read_json(config)),
         template=chat_template(path) if path.is_dir() else stored,
+        added_tokens=added_tokens(path),
     )
 
 
@@ -171,15 +174,15 @@ def chat_template(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _added_tokens(folder: Path) -> frozenset[int]:
-    """Return the ids of `added_tokens.json`, and those of `tokenizer_config.json`."""
-    ids: list[object] = []
-    for name in (ADDED_TOKENS_FILE, TOKENIZER_CONFIG):
-        if (folder / name).is_file():
-            values = as_object(read_json(folder / name, MAX_BYTES))
-            listed = as_object(values.get("added_tokens_decoder"))
-            ids += values.values() if name == ADDED_TOKENS_FILE else [int(key) for key in listed if key.isdecimal()]
-    return frozenset(one for one in ids if isinstance(one, int))
+def added_tokens(folder: Path) -> dict[int, str]:
+    """Return the tokens, id -> text, that a tokenizer adds to those of its model; transformers 5 writes one file."""
+    files = {name: folder / name for name in ("added_tokens.json", TOKENIZER_CONFIG, "tokenizer.json")}
+    first, second, third = (as_object(read_json(f, MAX_BYTES)) if f.is_file() else {} for f in files.values())
+    listed: list[tuple[object, object]] = [(number, text) for text, number in first.items()]
+    decoder = as_object(second.get("added_tokens_decoder")).items()
+    listed += [(int(key), as_object(one).get("content")) for key, one in decoder if key.isdecimal()]
+    listed += [(one.get("id"), one.get("content")) for one in map(as_object, third.get("added_tokens") or [])]
+    return {number: str(text) for number, text in listed if isinstance(number, int)}
 
 
 def _site_of(name: str) -> tuple[str, str] | None:

@@ -20,11 +20,12 @@ import torch
 from lorakit.choices import EMBEDDING
 from lorakit.durable import write_text
 from lorakit.errors import AdapterError
-from lorakit.export.facts import chat_template
+from lorakit.export.facts import added_tokens, chat_template
 from lorakit.export.gguf import TOKENS, adapted_names, layout_of
 from lorakit.export.gguf_base import GgufBase, base_gguf
 from lorakit.export.modelfile import modelfile
 from lorakit.export.request import Exported, ExportRequest, versioned
+from lorakit.tables import format_some
 
 if TYPE_CHECKING:
     import gguf
@@ -67,13 +68,23 @@ def write_merged_gguf(request: ExportRequest, folder: Path) -> Exported:
     layout = layout_of(request)
     base = GgufBase(base_gguf(request.known_base, request.base_gguf), layout)
     names = adapted_names(request, layout, if_tied="")
-    doubt = base.check(request)
+    doubts = [base.check(request), _lacking(request, base)]
     file, template = folder / "model.gguf", chat_template(request.adapter.folder)
     _write(request, base, _weights(request, base, {f"{n}.weight": path for path, n in names.items()}), file, template)
     named = versioned(request.name, folder)
     file.rename(folder / f"{named}.gguf")
     write_text(folder / "Modelfile", modelfile(f"{named}.gguf", base, template))
-    return Exported(named, request.known_base.recorded_name, (doubt,) if doubt else ())
+    return Exported(named, request.known_base.recorded_name, tuple(filter(None, doubts)))
+
+
+def _lacking(request: ExportRequest, base: GgufBase) -> str:
+    """Return for the user which added tokens of the adapter's tokenizer the file does not have, or ""."""
+    field = base.reader.fields.get("tokenizer.ggml.tokens")
+    known = set() if field is None else set(_contents(field))
+    own = added_tokens(request.adapter.folder).values()
+    new = [text for text in own if known and known.isdisjoint([text.encode(), text.replace(" ", "▁").encode()])]
+    text = f"{base.path}: lacks {format_some(new)} of the adapter's tokenizer, so prompts with them give other tokens. "
+    return text + "Merge the adapter (lorakit merge), and convert the merged model." if new else ""
 
 
 def merged_commands(name: str, base: str, rank: int, output: str) -> Mapping[str, str]:

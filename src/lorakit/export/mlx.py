@@ -17,13 +17,13 @@ from torch import Tensor
 from lorakit.config import CONFIG_FILE
 from lorakit.durable import write_bytes, write_json
 from lorakit.errors import AdapterError, UsageError
-from lorakit.export.conditions import HEAD, unread_rope
+from lorakit.export.conditions import unread_rope
 from lorakit.export.request import Exported, ExportRequest, versioned
 from lorakit.export.rules import REMEDIES
 from lorakit.export.sites import check_sites, tested_base
 from lorakit.tables import format_some
 
-MLX_WEIGHTS = "adapters.safetensors"
+MLX_WEIGHTS, HEAD = "adapters.safetensors", "lm_head"
 
 ROOTS: Mapping[str, str] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"), "model."),

@@ -129,6 +129,7 @@ VLLM: Mapping[str, Rule] = {
     "architecture": Rule(REJECTED, "vllm/model_executor/models/interfaces.py: supports_lora", SOURCE, "merge"),
     "tied head": Rule(FINE, "vllm/lora/layers/logits_processor.py", RUN),
     "tied embedding": Rule(FINE, "vllm/lora/layers/vocab_parallel_embedding.py", RUN),
+    "tokenizer": Rule(IGNORED, "vllm/renderers/hf.py: the tokenizer is the base's", SOURCE, "merge"),
     "chat template": Rule(IGNORED, "vllm/renderers/hf.py: resolve_chat_template", RUN, "template"),
 }
 
@@ -178,6 +179,7 @@ SGLANG: Mapping[str, Rule] = {
     "quantized base": Rule(UNCHECKED, "sglang/srt/lora/layers.py"),
     "tied head": Rule(UNCHECKED, "sglang/srt/lora/layers.py"),
     "tied embedding": Rule(UNCHECKED, "sglang/srt/lora/layers.py"),
+    "tokenizer": Rule(UNCHECKED, "sglang/srt/managers/tokenizer_manager.py"),
     "chat template": Rule(IGNORED, "sglang/srt/parser/template_manager.py", SOURCE, "template"),
 }
 
@@ -227,6 +229,7 @@ LLAMA_CPP: Mapping[str, Rule] = {
     "tied embedding": Rule(
         REJECTED, "ggml/src/ggml.c: ggml_mul_mat aborts, because the head is adapted, too", RUN, "merged gguf"
     ),
+    "tokenizer": Rule(IGNORED, _CONVERTER + "set_vocab", SOURCE, "merged"),
     "chat template": Rule(IGNORED, _CONVERTER + "set_vocab", SOURCE, "merged gguf"),
 }
 
@@ -237,6 +240,7 @@ MLX: Mapping[str, Rule] = {
     "other base": Rule(WRONG, _MLX_LOADER + " compares shapes", SOURCE, "base"),
     "tied head": Rule(REJECTED, _MLX_LOADER + "; mlx_lm/models/llama.py: Model.__init__", RUN, "untie"),
     "quantized base": Rule(UNCHECKED, "mlx_lm/utils.py: load_model"),
+    "tokenizer": Rule(IGNORED, "mlx_lm/utils.py: load_tokenizer(model_path)", SOURCE, "merge"),
     "chat template": Rule(IGNORED, "mlx_lm/utils.py: load_tokenizer(model_path)", SOURCE, "merge"),
     "rope parameters": Rule(WRONG, "mlx_lm/models: ModelArgs.rope_theta", RUN, "theta"),
 }
@@ -271,6 +275,7 @@ PEFT: Mapping[str, Rule] = {
     "grouped inputs": Rule(REJECTED, "peft/tuners/lora/variants.py: only a GPTQ base has QA-LoRA", RUN, "export"),
     "missing sites": Rule(WRONG, _PEFT_WARNS, RUN, "retrain"),
     "quantized base": Rule(FINE, "peft/tuners/lora/bnb.py, gptq.py, awq.py"),
+    "tokenizer": Rule(FINE, "the program chooses the tokenizer"),
     "chat template": Rule(FINE, "the program chooses the tokenizer"),
 }
 
