@@ -152,3 +152,5 @@ def test_only_gguf_is_merged(save_adapter: Save, tmp_path: Path, capsys: pytest.
     words = ["export", "vllm", str(save_adapter("notes")), "--merged", "--output-dir", str(tmp_path / "out")]
     assert main(words) == 2
     assert "--merged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*words[:3], "--outtype", "Q8_0", *words[-2:]]) == 2
+    assert "add --merged" in capsys.readouterr().err and not (tmp_path / "out").exists()

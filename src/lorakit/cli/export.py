@@ -42,7 +42,7 @@ class Flags:
         Path | None,
         Parameter(help="Base as a GGUF file, for gguf with --merged or --verify. Default: the base, if it is one."),
     ] = None
-    outtype: Annotated[GgufType, Parameter(help="How --merged stores the weights.")] = "F16"
+    outtype: Annotated[GgufType | None, Parameter(help="How --merged stores the weights. Default: F16.")] = None
     verify: Annotated[
         bool,
         Parameter(
@@ -89,6 +89,8 @@ def run(
     name = f"{format} --merged" if flags.merged else format
     if name not in FORMATS:
         raise UsageError(f"--merged: {format} has no merged form; use gguf, or lorakit merge.", field="merged")
+    if flags.outtype and not flags.merged:
+        raise UsageError("--outtype says how --merged stores the weights; add --merged, or omit it.", field="outtype")
     entry = FORMATS[name]
     if not entry.is_library:
         check_new_directory(flags.output_dir)
@@ -105,7 +107,7 @@ def run(
         allow_untested=flags.untested_architecture,
         allow_mismatch=flags.allow_base_mismatch,
         base_gguf=flags.base_gguf,
-        outtype=flags.outtype,
+        outtype=flags.outtype or "F16",
         verified=_verified(given, folder, entry.verified_as, flags) if flags.verify else {},
         card=_card,
     )
@@ -142,7 +144,7 @@ def _verified(given: str, folder: str, runtime: str, flags: Flags) -> JsonObject
             prompts=flags.prompts,
             session=session,
             base_gguf=flags.base_gguf,
-            outtype=flags.outtype,
+            outtype=flags.outtype or "F16",
         )
         report = verify(folder, [runtime], options, console.quiet)
     (compared,) = report.comparisons
