@@ -155,7 +155,7 @@ def _expression(facts: AdapterFacts) -> str:
 
 
 def _incomplete(facts: AdapterFacts) -> str:
-    return f"A or B is missing at {format_some(facts.incomplete, 1)}" if facts.incomplete else ""
+    return f"A or B is missing or of another rank at {format_some(facts.incomplete, 1)}" if facts.incomplete else ""
 
 
 def _nonfinite(facts: AdapterFacts) -> str:
@@ -373,6 +373,9 @@ CONDITIONS: Mapping[str, Condition] = {
     "target expression": Condition(_expression),
     "part of attention": Condition(_part_of_attention),
     "incomplete site": Condition(_incomplete),
+    "prefix": Condition(
+        lambda facts: f"names without PEFT's prefix: {facts.unprefixed[0]}" if facts.unprefixed else ""
+    ),
     "nan": Condition(_nonfinite),
     "scale 0": Condition(_scale_zero),
     "zero update": Condition(_zero),

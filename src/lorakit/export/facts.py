@@ -6,6 +6,7 @@ transformers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from lorakit.architectures.shapes import ModelShape
 from lorakit.choices import MAX_RANK
 from lorakit.config import SIDECAR_FILE, LoraConfig, read_config
 from lorakit.durable import JsonObject, as_object, read_bytes, read_json
+from lorakit.errors import PatternError
 from lorakit.hub_cache import HubOptions, adapter_from_hub
+from lorakit.targets.patterns import literal_value
 from lorakit.tensor_headers import ENDINGS, MAX_FILE_BYTES, PREFIX, StoredTensor, parse_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -75,7 +78,8 @@ class AdapterFacts:
 
     Attributes:
         pairs: Path of a site -> its factors; sites whose A and B belong together.
-        incomplete: Paths of sites without A or without B, or whose ranks differ.
+        incomplete: Paths of sites without A or without B, or whose ranks differ from each other or from the config's.
+        unprefixed: Names of factors that do not start as PEFT's.
         others: Name of each tensor that is not a factor, without PEFT's prefix -> its shape.
         nonfinite: Names of the tensors with NaN or infinite values.
         fingerprint: The base that `lorakit.json` describes; empty if there is none.
@@ -88,6 +92,7 @@ class AdapterFacts:
     config: LoraConfig
     pairs: Mapping[str, Pair] = field(default_factory=dict)
     incomplete: tuple[str, ...] = ()
+    unprefixed: tuple[str, ...] = ()
     others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     nonfinite: tuple[str, ...] = ()
     fingerprint: JsonObject = field(default_factory=dict)
@@ -129,7 +134,8 @@ def adapter_facts(
         folder=folder,
         config=config,
         pairs=pairs,
-        incomplete=incomplete,
+        incomplete=(*incomplete, *_of_other_rank(config, pairs)),
+        unprefixed=tuple(name for name in tensors if _site_of(name) is not None and not name.startswith(PREFIX)),
         others={n.removeprefix(PREFIX): tensor.shape for n, tensor in tensors.items() if _site_of(n) is None},
         nonfinite=tuple(name.removeprefix(PREFIX) for name, tensor in tensors.items() if not _is_finite(data, tensor)),
         fingerprint=as_object(values.get("base")),
@@ -214,6 +220,15 @@ def _pairs(
             is_zero = _is_zero(data, A) or _is_zero(data, B)
             pairs[path] = Pair(A.shape[0], A.shape[1], B.shape[0], is_zero)
     return pairs, tuple(path for path in sites if path not in pairs)
+
+
+def _of_other_rank(config: LoraConfig, pairs: Mapping[str, Pair]) -> list[str]:
+    """Return the sites with other ranks than the config says; those of experts and expressions are not compared."""
+    if config.target_parameters or config.use_bdlora:
+        return []
+    with contextlib.suppress(PatternError):
+        return [p for p, pair in pairs.items() if pair.rank != literal_value(config.rank_pattern, p, config.r)]
+    return []
 
 
 def _is_finite(data: bytes, tensor: StoredTensor) -> bool:

@@ -157,6 +157,25 @@ def test_peft_s_qa_lora_is_rejected_unless_it_is_plain_lora(base: nn.Module, tmp
     torch.testing.assert_close(logits(again), logits(theirs.eval()), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"r": 4},
+        {"rank_pattern": {"q_proj": 4}},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_bias": True},
+        {"trainable_token_indices": [3]},
+    ],
+)
+def test_tensors_that_do_not_match_the_config(base: nn.Module, tmp_path: Path, edit: dict[str, Any]) -> None:
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=TARGETS, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | edit))
+    with pytest.raises(AdapterFileError):
+        common_form(tmp_path)
+
+
 def test_values_that_are_not_finite_are_rejected(base: nn.Module, tmp_path: Path) -> None:
     peft_adapter(base, tmp_path)
     tensors = core.read_adapter(tmp_path).file.tensors

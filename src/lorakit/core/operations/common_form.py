@@ -7,6 +7,7 @@ depend on formats or runtimes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,9 @@ from lorakit.core.operations.compatibility import shared_facts
 from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder
 from lorakit.core.operations.writing import common_targets, described, write
 from lorakit.core.variants import NO_TENSORS, PLAIN, Variant, invocations_of, variants_of, without
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, AdapterFileError, PatternError
+from lorakit.tables import format_some
+from lorakit.targets.patterns import literal_value
 from lorakit.tensor_headers import PREFIX, ROWS
 
 MERGE = "Merge it (lorakit merge), or extract a plain adapter from the merged model (lorakit extract --rank)."
@@ -59,10 +62,11 @@ def common_form(folder: str | os.PathLike[str]) -> CommonAdapter:
 
     Raises:
         AdapterError: The adapter has a part that is not plain LoRA, such as a magnitude (DoRA) or a saved module.
-        AdapterFileError: The files are damaged, or contain NaN or infinite values.
+        AdapterFileError: The files are damaged or do not belong together, or contain NaN or infinite values.
     """
     source = weights_of_folder(folder)
     _check_plain(source)
+    _check_config(source)
     rank = max(factor.r for factor in source.factors.values())
     factors = {path: _common(factor, rank) for path, factor in source.factors.items()}
     waiting = invocations_of(source.config)
@@ -114,6 +118,23 @@ def _check_plain(adapter: AdapterWeights) -> None:
     if problems:
         text = f"{adapter.label}: the adapter contains {', '.join(problems)}, which runtimes cannot apply as LoRA. "
         raise AdapterError(text + MERGE, what=problems[0], where=adapter.label)
+
+
+def _check_config(adapter: AdapterWeights) -> None:
+    """Reject an adapter whose config says more than its tensors show, or other ranks; expressions are not evaluated."""
+    config, problems = adapter.config, list[str]()
+    ranks = dict[str, int]()
+    with contextlib.suppress(PatternError):
+        ranks = {
+            p: int(literal_value(config.rank_pattern, p, config.r)) for p, f in adapter.factors.items() if not f.bare
+        }
+    if other := [path for path, rank in ranks.items() if rank != adapter.factors[path].r]:
+        problems.append(f"other ranks than in the config at {format_some(other)}")
+    absent = [field for field in ("modules_to_save", "trainable_token_indices", "lora_bias") if getattr(config, field)]
+    problems += [f"no tensors of {field}" for field in absent]
+    if problems:
+        text = f"{adapter.label}: the tensors do not match the config: {'; '.join(problems)}. Restore both files."
+        raise AdapterFileError(text, what=problems[0], where=adapter.label)
 
 
 def _is_plain(variant: Variant) -> bool:
