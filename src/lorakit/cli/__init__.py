@@ -42,6 +42,7 @@ COMMANDS = {
     "check": "Check what other runtimes would do with an adapter.",
     "export": "Write an adapter for vLLM, SGLang, mlx-lm and other runtimes.",
     "verify": "Compare an adapter's answers in other runtimes with lorakit's.",
+    "serve": "Serve a base and many adapters over OpenAI's HTTP API.",
     "push": "Upload an adapter to the Hugging Face Hub.",
     "pull": "Download an adapter from the Hugging Face Hub.",
     "list": "List the adapters in a directory.",

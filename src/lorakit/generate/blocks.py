@@ -66,7 +66,7 @@ class Blocks:
     @property
     def bytes_per_token(self) -> int:
         """Size of a token's keys and values in all layers; 0 before the first forward pass."""
-        return sum(t[0].numel() * t.element_size() for layer in self._layers.values() for t in layer)
+        return sum(t[0].numel() * t.element_size() for layer in [*self._layers.values()] for t in layer)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values (rows, heads, new, width) in the slots (rows · new,)."""

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from lorakit import core, hub
+from lorakit import __version__, core, hub
 from lorakit.core import AdapterBank
 from lorakit.errors import AdapterError, BusyError, LorakitError, RunError, UnknownModelError, UsageError
 from lorakit.generate import Continuation, Engine, Failure, NewToken, context_tokens, rows_are_independent
@@ -134,6 +134,12 @@ class Service:
     def is_ready(self) -> bool:
         """Whether requests are accepted."""
         return self._threads[1].is_alive() and not self.is_draining and not self.ended.is_set()
+
+    @property
+    def fingerprint(self) -> str:
+        """The base, its dtype and the version of lorakit."""
+        dtype = str(self.session.model.dtype).removeprefix("torch.")
+        return f"{self.base_name}-{dtype}-lorakit-{__version__}"
 
     @property
     def context(self) -> int | None:
