@@ -215,6 +215,7 @@ SPECIMENS: dict[str, Specimen] = {
     ),
     "target expression": Specimen({"target_modules": r".*\.0\..*(q_proj|v_proj)"}),
     "part of attention": Specimen({"target_modules": ["k_proj"]}),
+    "unselected": Specimen(edit=config(target_modules=["k_proj"])),
     "incomplete site": Specimen(edit=without("layers.0.self_attn.q_proj.lora_B")),
     "prefix": Specimen(edit=renamed("base_model.model.", "")),
     "nan": Specimen(edit=mapped("q_proj.lora_A", _with_nan)),

@@ -91,11 +91,6 @@ def _rank_value(facts: AdapterFacts) -> str:
     return f"{facts.max_rank} is not one of {', '.join(map(str, VLLM_RANKS))}" * (facts.max_rank not in VLLM_RANKS)
 
 
-def _bias(facts: AdapterFacts) -> str:
-    """Return evidence of trained biases of the base."""
-    return f"bias is {facts.config.bias!r}" if facts.config.bias != "none" else ""
-
-
 def _saved(facts: AdapterFacts) -> str:
     """Return evidence of modules that are saved in full, other than heads of sequence classification."""
     found = [path for path in _modules_in_full(facts) if path.rpartition(".")[2] not in HEADS]
@@ -154,6 +149,14 @@ def _expression(facts: AdapterFacts) -> str:
     return "" if is_list or targets == ALL_LINEAR else "target_modules is not a list of names"
 
 
+def _unselected(facts: AdapterFacts) -> str:
+    """Return evidence of sites that a list of targets does not name, nor a module around them."""
+    targets, others = facts.config.target_modules, facts.config.target_parameters
+    is_list = targets and not isinstance(targets, str) and not others
+    found = [path for path in facts.pairs if is_list and not any(f".{name}." in f".{path}." for name in targets or ())]
+    return f"target_modules does not name {format_some(found, 1)}" if found else ""
+
+
 def _incomplete(facts: AdapterFacts) -> str:
     return f"A or B is missing or of another rank at {format_some(facts.incomplete, 1)}" if facts.incomplete else ""
 
@@ -196,10 +199,6 @@ def _part_of_attention(facts: AdapterFacts) -> str:
             names.setdefault(parent, set()).add(name)
     found = [parent for parent, own in names.items() if not {"q_proj", "v_proj"} <= own]
     return f"q_proj or v_proj is not adapted at {format_some(found, 1)}" if found else ""
-
-
-def _no_base_name(facts: AdapterFacts) -> str:
-    return "" if facts.config.base_model_name_or_path else "base_model_name_or_path is not set"
 
 
 def _of_base(compare: Callable[[AdapterFacts, BaseFacts], str]) -> Condition:
@@ -356,7 +355,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "dora": _set("use_dora"),
     "kasa": _set("kasa_config"),
     "lora bias": _set("lora_bias"),
-    "bias": Condition(_bias),
+    "bias": Condition(lambda facts: f"bias is {facts.config.bias!r}" * (facts.config.bias != "none")),
     "saved module": Condition(_saved),
     "classification head": Condition(_classifier),
     "token rows": Condition(_rows),
@@ -372,6 +371,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "experts": _set("target_parameters"),
     "target expression": Condition(_expression),
     "part of attention": Condition(_part_of_attention),
+    "unselected": Condition(_unselected),
     "incomplete site": Condition(_incomplete),
     "prefix": Condition(
         lambda facts: f"names without PEFT's prefix: {facts.unprefixed[0]}" if facts.unprefixed else ""
@@ -379,7 +379,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "nan": Condition(_nonfinite),
     "scale 0": Condition(_scale_zero),
     "zero update": Condition(_zero),
-    "no base name": Condition(_no_base_name),
+    "no base name": Condition(lambda f: "base_model_name_or_path is not set" * (not f.config.base_model_name_or_path)),
     "base name": _of_base(_base_name),
     "other base": _of_base(_other_base),
     "unknown name": _of_base(_lacks("name", "the base has no module with this name:")),

@@ -164,6 +164,7 @@ def test_peft_s_qa_lora_is_rejected_unless_it_is_plain_lora(base: nn.Module, tmp
         {"rank_pattern": {"q_proj": 4}},
         {"modules_to_save": ["lm_head"]},
         {"lora_bias": True},
+        {"target_modules": ["q_proj"]},
         {"trainable_token_indices": [3]},
     ],
 )

@@ -130,6 +130,10 @@ def _check_config(adapter: AdapterWeights) -> None:
         }
     if other := [path for path, rank in ranks.items() if rank != adapter.factors[path].r]:
         problems.append(f"other ranks than in the config at {format_some(other)}")
+    targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    modules = [path for path, factor in adapter.factors.items() if targets and not factor.bare]
+    if unnamed := [path for path in modules if not any(f".{name}." in f".{path}." for name in targets)]:
+        problems.append(f"target_modules does not name {format_some(unnamed)}")
     absent = [field for field in ("modules_to_save", "trainable_token_indices", "lora_bias") if getattr(config, field)]
     problems += [f"no tensors of {field}" for field in absent]
     if problems:
