@@ -160,6 +160,79 @@ def test_log_probabilities_are_those_of_the_model(client: Any, session: Session,
     assert [one for part in parts if part.logprobs for one in part.logprobs.content] == chat
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"animal": {"enum": ["fox", "dog"]}, "quick": {"type": "boolean"}},
+    "required": ["animal", "quick"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_follow_a_json_schema(client: Any, running: Running) -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
+    given = {"model": "one", "messages": CHAT, "response_format": form, "n": 4, "seed": 3, "max_tokens": 80}
+    tokenizer = running.service.find("one").tokenizer
+    spaces = [token for token in range(len(tokenizer)) if not tokenizer.decode([token]).strip()]
+    given["logit_bias"] = dict.fromkeys(map(str, spaces), -100)  # this model would write little else
+    whole = client.chat.completions.create(**given)
+    texts = [choice.message.content for choice in whole.choices]
+    for choice in whole.choices:
+        found = json.loads(choice.message.content)
+        assert set(found) == {"animal", "quick"} and found["animal"] in ("fox", "dog")
+        assert isinstance(found["quick"], bool) and choice.finish_reason == "stop"
+    parts = [part.choices[0] for part in client.chat.completions.create(**given, stream=True)]
+    assert texts == ["".join(p.delta.content or "" for p in parts if p.index == index) for index in range(4)]
+    wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "fox"}}}
+    for form, param in [
+        (wrong, "response_format"),
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema"),
+    ]:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{**given, "response_format": form})
+        assert caught.value.param == param
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+SAID = 'I add.<tool_call>{"name": "add", "arguments": {"a": 2, "b": 2}}</tool_call>'
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+
+
+def test_calls_of_tools(monkeypatch: pytest.MonkeyPatch, client: Any, running: Running) -> None:
+    """The model says a call: its tokens are chosen here."""
+    from lorakit.generate import Sampler
+
+    served = running.service.find("one")
+    served.tokenizer.chat_template = WITH_TOOLS + served.tokenizer.chat_template
+    said = [*served.encode_text(SAID), 2]
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits: _next(self, said))
+    asked = [{"role": "user", "content": "2+2"}]
+    given = {"model": "one", "messages": asked, "tools": TOOLS}
+    (choice,) = client.chat.completions.create(**given).choices
+    (call,) = choice.message.tool_calls
+    assert (choice.message.content, choice.finish_reason) == ("I add.", "tool_calls")
+    assert call.function.name == "add" and json.loads(call.function.arguments) == {"a": 2, "b": 2}
+    parts = [part.choices[0] for part in client.chat.completions.create(**given, stream=True)]
+    assert "".join(part.delta.content or "" for part in parts) == "I add."
+    (streamed,) = [one for part in parts for one in part.delta.tool_calls or []]
+    assert (
+        streamed.index == 0
+        and streamed.function.model_dump() == call.function.model_dump()
+        and parts[-1].finish_reason == "tool_calls"
+    )
+    none = client.chat.completions.create(**given, tool_choice="none").choices[0]
+    assert none.message.content == SAID and none.message.tool_calls is None
+    answered = [*asked, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4"}]
+    more = client.chat.completions.create(model="one", messages=answered, max_tokens=2)
+    assert more.usage.prompt_tokens > len(served.encode_chat(asked))
+
+
+def _next(sampler: Any, tokens: list[int]) -> int:
+    sampler.at = getattr(sampler, "at", -1) + 1
+    return tokens[sampler.at]
+
+
 def test_models(client: Any, running: Running) -> None:
     ids = ["tiny", running.id("one"), running.id("two")]
     assert [model.id for model in client.models.list()] == ids
@@ -183,6 +256,8 @@ def test_requests_with_mistakes_name_the_field(client: Any) -> None:
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"functions": []}, "functions", "unknown_parameter"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "response_format", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
@@ -197,7 +272,14 @@ def test_requests_with_mistakes_name_the_field(client: Any) -> None:
             client.post("/chat/completions", body=body, cast_to=object)
         assert caught.value.type == "invalid_request_error", change
         assert (param is None or caught.value.param == param) and (code is None or caught.value.code == code), change
-    for change, param in [({"suffix": "x"}, "suffix"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt")]:
+    for change, param in [
+        ({"suffix": "x"}, "suffix"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, -1], "echo": True}, "prompt[0]"),
+        ({"prompt": [1, 5_000_000], "echo": True}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt[1]"),
+    ]:
         with pytest.raises(openai.BadRequestError) as caught:
             client.post("/completions", body={"model": "one", "prompt": TEXT, **change}, cast_to=object)
         assert caught.value.param == param, change

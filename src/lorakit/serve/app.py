@@ -18,7 +18,8 @@ from lorakit.durable import JsonObject
 from lorakit.errors import BusyError, LorakitError, UnknownModelError
 from lorakit.serve.choices import Piece
 from lorakit.serve.faults import HttpFault, fault_of
-from lorakit.serve.generation import Deadline, Generation, Job, chat_job, completion_job
+from lorakit.serve.generation import Deadline, Generation
+from lorakit.serve.jobs import Job, Jobs
 from lorakit.serve.keys import ANYONE, Key, find_key
 from lorakit.serve.requests import AdapterRequest, ChatRequest, CompletionRequest, GenerationRequest, parse
 from lorakit.serve.served import Served
@@ -31,7 +32,7 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 """Header with the longest time for a reply in seconds; it can only shorten `--request-timeout`."""
 
 Given = TypeVar("Given", bound=GenerationRequest)
-MakeJob = Callable[[Service, Served, Given, str], Job]
+MakeJob = Callable[[Served, Given, str], Job]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Routes:
     """The functions behind the paths."""
 
     def __init__(self, service: Service, access: Access, metrics: Metrics) -> None:
-        self._service, self._access, self._metrics = service, access, metrics
+        self._service, self._access, self._metrics, self._jobs = service, access, metrics, Jobs(service)
 
     async def models(self, request: Request) -> Response:
         """List the models that the caller can use."""
@@ -139,11 +140,11 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """Continue texts."""
-        return await self._generate(request, CompletionRequest, completion_job)
+        return await self._generate(request, CompletionRequest, self._jobs.completion)
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        return await self._generate(request, ChatRequest, chat_job)
+        return await self._generate(request, ChatRequest, self._jobs.chat)
 
     async def _generate(self, request: Request, kind: type[Given], make: MakeJob[Given]) -> Response:
         key, deadline = self._access.caller(request), self._access.deadline(request)
@@ -152,7 +153,7 @@ class Routes:
         trace: Trace = request.state.trace
         trace.model, trace.name, trace.stream = served.id, served.name, given.stream
         self._check_accepting()
-        job = await deadline.wait(asyncio.to_thread(make, self._service, served, given, key.name))
+        job = await deadline.wait(asyncio.to_thread(make, served, given, key.name))
         trace.prompt_tokens = job.usage.prompt
         generation = Generation(self._service, job, deadline)
 

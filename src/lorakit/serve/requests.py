@@ -6,13 +6,14 @@ A field that is null counts as absent, as in OpenAI's API.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorakit.durable import JsonObject, parse_json, problem_in
 from lorakit.generate import Sampling
+from lorakit.generate.grammar import JSON_OBJECT
 from lorakit.serve.faults import HttpFault
 
 MOST_CHOICES = 256
@@ -25,6 +26,9 @@ MOST_SEED = 2**53 - 1
 """Largest seed that the server picks: every JSON parser keeps it."""
 
 _CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Body(BaseModel):
@@ -44,10 +48,20 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
+class JsonSchema(_Body):
+    """A JSON schema that an answer follows, whether `strict` or not."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str = ""
+    definition: JsonObject = Field(alias="schema")
+    strict: bool = True
+
+
 class ResponseFormat(_Body):
     """The form of an answer."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class Function(_Body):
@@ -128,7 +142,7 @@ class GenerationRequest(_Body):
     logit_bias: dict[str, float] = Field(default_factory=dict)
     min_tokens: int = 0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list)
     return_token_ids: bool = False
     response_format: ResponseFormat | None = None
     user: str | None = None
@@ -144,12 +158,47 @@ class GenerationRequest(_Body):
         if len(self.stops) > MOST_STOPS or not all(self.stops):
             text = f"stop must have at most {MOST_STOPS} strings, which are not empty."
             raise HttpFault(400, text, "invalid_value", "stop")
+        form = self.response_format
+        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+            text = "response_format has json_schema if, and only if, its type is json_schema."
+            raise HttpFault(400, text, "invalid_value", "response_format.json_schema")
+        if self.offered and self.schema_of_answer is not None:
+            text = "response_format json_schema and json_object exclude tools, whose calls have another form."
+            raise HttpFault(400, text, "invalid_value", "response_format")
         return self
 
     @property
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def has_usage_part(self) -> bool:
+        """Whether a reply in parts has the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """The JSON schema that answers follow, or None."""
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        schema = self.response_format.json_schema
+        return JSON_OBJECT if schema is None else schema.definition
+
+    @property
+    def top_count(self) -> int | None:
+        """Number of most likely tokens with log-probabilities for each token, or None for no log-probabilities."""
+        return None
+
+    @property
+    def new_tokens(self) -> int | None:
+        """Maximum number of new tokens, or None for the rest of the context."""
+        return None
+
+    @property
+    def offered(self) -> list[JsonObject]:
+        """The tools that the model may use."""
+        return []
 
     @property
     def chosen_seed(self) -> int:
@@ -179,19 +228,19 @@ class GenerationRequest(_Body):
 class CompletionRequest(GenerationRequest):
     """The body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
     def top_count(self) -> int | None:
-        """Number of most likely tokens with log-probabilities for each token, or None for no log-probabilities."""
+        """See `GenerationRequest`."""
         return self.logprobs
 
     @property
     def new_tokens(self) -> int | None:
-        """Maximum number of new tokens, or None for the rest of the context."""
+        """See `GenerationRequest`."""
         return self.max_tokens
 
     @property
@@ -223,17 +272,17 @@ class ChatRequest(GenerationRequest):
 
     @property
     def top_count(self) -> int | None:
-        """See `CompletionRequest`."""
+        """See `GenerationRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def new_tokens(self) -> int | None:
-        """See `CompletionRequest`."""
+        """See `GenerationRequest`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def offered(self) -> list[JsonObject]:
-        """The tools that the model may use."""
+        """See `GenerationRequest`."""
         return [] if self.tool_choice == "none" else [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
 
