@@ -19,7 +19,7 @@ from tests.gguf_models import write_base
 
 from lorakit import core, hub
 from lorakit.config import CONFIG_FILE
-from lorakit.errors import AdapterError, UsageError
+from lorakit.errors import AdapterError, AdapterFileError, UsageError
 from lorakit.export.conditions import unread_rope
 from lorakit.export.facts import base_facts
 from lorakit.export.formats import export
@@ -186,6 +186,17 @@ def test_sites_that_mlx_lm_cannot_adapt(tmp_path: Path) -> None:
             written(base, tmp_path / adapter, tmp_path / "out")
         assert caught.value.what == site
         assert not (tmp_path / "out").exists()
+
+
+def test_a_file_with_some_of_its_sites(tmp_path: Path) -> None:
+    base = random("llama", 0.1)
+    folder = saved(base, tmp_path / "base")
+    trained(base, tmp_path / "adapter", target_modules=["q_proj"])
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "layers.1." not in name}, weights)
+    with pytest.raises(AdapterFileError) as caught:
+        written(folder, tmp_path / "adapter", tmp_path / "out")
+    assert "1 of 2 sites" in str(caught.value.what) and not (tmp_path / "out").exists()
 
 
 def test_what_mlx_lm_does_not_have(tmp_path: Path) -> None:

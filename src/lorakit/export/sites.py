@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from lorakit.errors import AdapterError, UsageError
-from lorakit.export.facts import BaseFacts, base_facts
+from lorakit.errors import AdapterError, AdapterFileError, UsageError
+from lorakit.export.conditions import CONDITIONS
+from lorakit.export.facts import BaseFacts, adapter_facts, base_facts
+from lorakit.export.rules import REMEDIES
 from lorakit.tables import format_some
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def tested_base(request: ExportRequest, tested: Collection[str], runtime: str) -
 
     Raises:
         UsageError: The architecture was not tested, or the base is not known.
+        AdapterFileError: The file lacks some of the sites that the config selects in the base.
     """
     base = base_facts(request.known_base)
     if base.model_type not in tested and not request.allow_untested:
@@ -29,6 +32,9 @@ def tested_base(request: ExportRequest, tested: Collection[str], runtime: str) -
             "--untested-architecture to export nevertheless, and compare it with `lorakit verify`."
         )
         raise UsageError(text, what=base.model_type, where=given, field="untested_architecture")
+    folder = request.adapter.folder
+    if missing := CONDITIONS["missing sites"].find(adapter_facts(folder, base)):
+        raise AdapterFileError(f"{folder}: {missing}; {REMEDIES['retrain']}.", what=missing, where=folder)
     return base
 
 
