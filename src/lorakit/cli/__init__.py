@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": "Measure the loss, perplexity or metrics of a model, with and without adapters.",
     "predict": "Predict labels, scores, tags, texts or embeddings for the rows of files.",
     "generate": "Generate text with a model and its adapters, side by side.",
+    "chat": "Talk to a model and its adapters in the terminal.",
     "merge": "Merge adapters into the base model and save the result.",
     "combine": "Combine adapters with one of PEFT's eleven methods.",
     "compress": "Reduce the rank of an adapter and report what is lost.",

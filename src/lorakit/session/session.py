@@ -349,6 +349,38 @@ class Session:
             UsageError: The prompts of these adapters end with different tokens; or see `generate`.
             LorakitError: See `lorakit.generate.generate_batch`.
         """
+        answers, tokens = self.begin(
+            prompts,
+            adapters,
+            system=system,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+        )
+        for token in tokens:
+            answers[token.row].add(token)
+        return answers
+
+    def begin(
+        self,
+        prompts: Sequence[str | Conversation],
+        adapters: Sequence[str | None],
+        *,
+        system: str | None = None,
+        chat: bool | None = None,
+        stop: Sequence[str] = (),
+        **how: Any,
+    ) -> tuple[list[Answer], Iterator[NewToken]]:
+        """Begin to answer prompts as `generate_batch` does: the caller adds each token to the answer of its row.
+
+        Returns:
+            The answers, which are empty, and their tokens, which are generated when they are requested.
+
+        Raises:
+            UsageError: See `generate_batch`; `how` has its other arguments.
+            LorakitError: See `lorakit.generate.generate_batch`.
+        """
         self.spec.check_generates()
         if len(prompts) != len(adapters):
             text = f"there are {len(prompts)} prompts, but {len(adapters)} adapters; pass one per prompt."
@@ -367,10 +399,7 @@ class Session:
             raise UsageError(text, field="adapters")
         answers = [Answer(*part, stop) for part in parts]
         ends = endings[0] if endings else ()
-        stream = self.stream(encoded, adapters, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=ends)
-        for token in until_ended(answers, stream):
-            answers[token.row].add(token)
-        return answers
+        return answers, until_ended(answers, self.stream(encoded, adapters, eos_ids=ends, **how))
 
     def chat(
         self,
