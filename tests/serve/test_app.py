@@ -16,6 +16,7 @@ import pytest
 
 from lorakit import open_session
 from lorakit.generate import Sampling
+from lorakit.serve import jobs
 from lorakit.serve.app import MOST_BODY_BYTES, Access
 from lorakit.serve.keys import Key
 from lorakit.session import Session
@@ -324,6 +325,19 @@ def test_faults_of_the_transport_have_the_same_form(running: Running) -> None:
     assert running.client.get("/v1/models", headers={"Origin": running.url}).status_code == 200
     assert running.client.options("/v1/models").status_code == 405
     assert "access-control-allow-origin" not in running.client.get("/health").headers
+
+
+BOMB = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_without_end_ends_its_request_only(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "TEMPLATE_SECONDS", 0.3)
+    running.service.find("one").tokenizer.chat_template = BOMB
+    given = {"model": "one", "messages": CHAT, "max_tokens": 2}
+    replies = [running.client.post("/v1/chat/completions", json=given) for _ in range(8)]  # more than there are threads
+    assert {reply.status_code for reply in replies} == {400}
+    assert "takes more than" in replies[0].json()["error"]["message"]
+    assert running.client.post("/v1/completions", json={"model": "tiny", "prompt": TEXT}).status_code == 200
 
 
 def idle(running: Running) -> bool:

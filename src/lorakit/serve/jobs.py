@@ -5,11 +5,15 @@ This takes time, for tokenizers, chat templates and JSON schemas, so it is done 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from types import FrameType
+from typing import Any, cast
 
 from lorakit.errors import ModelError
 from lorakit.generate import Continuation
@@ -23,6 +27,10 @@ from lorakit.serve.service import Service
 
 MOST_TOKENS = 4096
 """Number of new tokens in a chat without `max_tokens`, if the model has no maximum context."""
+
+
+TEMPLATE_SECONDS = 5.0
+"""Processor time that a chat template may take."""
 
 
 @dataclass
@@ -77,7 +85,8 @@ class Jobs:
             text = f"{served.id} has no chat template; use /v1/completions."
             raise HttpFault(400, text, "no_chat_template", "model")
         messages = [message.as_dict() for message in given.messages]
-        prompt = Prompt(tuple(served.encode_chat(messages, given.offered)))
+        with time_limit(TEMPLATE_SECONDS):
+            prompt = Prompt(tuple(served.encode_chat(messages, given.offered)))
         fingerprint, seed = self._service.fingerprint, given.chosen_seed
         reply = ChatReply(served, fingerprint, seed, given.return_token_ids, given.has_usage_part)
         return self._job(reply, given, [prompt], owner)
@@ -120,6 +129,27 @@ class Jobs:
                 except ModelError as error:
                     raise HttpFault(400, str(error), "invalid_value", "response_format") from error
         return compilers[is_chat].start(given.schema_of_answer)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the Python code of a block, in this thread only, when it has used this processor time.
+
+    A chat template is compiled to Python code; a single operation, such as the repetition of a string, is not limited.
+    """
+    end = time.thread_time() + seconds
+
+    def check(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.thread_time() > end:
+            raise TimeoutError(f"it takes more than {seconds:g} s")
+        return check
+
+    before = sys.gettrace()
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _check_prompts(prompts: Sequence[Prompt], count: int, context: int | None, field: str) -> None:
