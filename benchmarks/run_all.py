@@ -44,6 +44,7 @@ COMMANDS: dict[str, str] = {
     "neighbour": "bench_neighbour.py --steps 8 --rounds 1",
     "job": "bench_job.py --steps 20",
     "decode": "bench_decode.py --rounds 1",
+    "generate": "bench_generate.py --rounds 2",
     "few_rows": "bench_few_rows.py",
     "decode in int8": "bench_decode.py --int8 --rows 1 4 16 32",
     "longest": "bench_longest.py --gib 1.5",

@@ -22,8 +22,8 @@ from lorakit.generate import (
     generate_batch,
     rows_are_independent,
 )
-from lorakit.generate.blocks import BLOCK
 from lorakit.generate.rows import CHUNK
+from lorakit.ops.cache import BLOCK
 
 from ..laws.zoo import GPT2, INVOCATION, LLAMA, Specimen, randomise
 

@@ -24,6 +24,7 @@ from lorakit.session import Session
 from lorakit.session import session as session_module
 from lorakit.session.base_matmul import unsupported
 from lorakit.speed.few_rows import Linear
+from lorakit.speed.patching import DECODES
 
 from ..stored_hub import StoredHub
 
@@ -253,6 +254,13 @@ def test_all_linear_layers_multiply_few_rows_in_a_session(
         session.load_adapter("one", adapters["one"])
         found = [type(each) for each in session.model.modules() if original_class(each) is nn.Linear]
     assert found and set(found) == {Linear if accelerated else nn.Linear}
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_a_session_generates_with_fused_layers(tiny_model_directory: Path, accelerated: bool) -> None:
+    with lorakit.open_session(str(tiny_model_directory), accelerated=accelerated) as session:
+        fused = [module for module in session.model.modules() if DECODES in vars(module)]
+        assert len(fused) == (session.model.config.num_hidden_layers if accelerated else 0)
 
 
 def test_a_closed_session_says_so(session: Session) -> None:

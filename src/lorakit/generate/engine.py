@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lorakit.core import AdapterBank, invoked, prompt_offset, route, waits_for_tokens
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
-from lorakit.generate.blocks import BLOCK, Blocks
 from lorakit.generate.passes import Passes, Scope, embedding_weight
 from lorakit.generate.rows import CHUNK, ChunkKey, Continuation, Event, Failure, NewToken, PromptRead, Row
 from lorakit.generate.sampling import Sampler, Sampling, logprobs
+from lorakit.ops.cache import BLOCK, Blocks
 
 
 class Engine:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lorakit.core import AdapterBank, continued, one_pass, route, use, without_adapters
 from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, RowCountError
-from lorakit.generate.blocks import Blocks, PassCache, UnstorableError
 from lorakit.generate.rows import Row
+from lorakit.ops.cache import CACHE_NAMES, Blocks, PassCache, UnstorableError
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # names used by transformers, newest first
+ALL_CACHE_NAMES = (*CACHE_NAMES, "cache_params")
+"""The names of `CACHE_NAMES`, and that of the argument for a recurrent state."""
 
 STORABLE = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Types of layers (`config.layer_types` in transformers) whose cache is the keys and values of all tokens."""
@@ -44,7 +45,7 @@ class Passes:
     def __init__(self, model: nn.Module, bank: AdapterBank, scope: Scope | None) -> None:
         self._model, self._given, self.bank = model, scope, bank
         takes = inspect.signature(model.forward).parameters
-        cache_name = next((name for name in CACHE_NAMES if name in takes), None)
+        cache_name = next((name for name in ALL_CACHE_NAMES if name in takes), None)
         if cache_name is None:
             text = f"{type(model).__name__} does not accept a key-value cache, which generation requires."
             raise ModelError(text, what=type(model).__name__)
@@ -53,7 +54,7 @@ class Passes:
         weight = embedding_weight(model)
         self.device = next(model.parameters()).device if weight is None else weight.device
         kinds = _layer_types(model)
-        is_stored = cache_name in CACHE_NAMES[:2] and kinds <= STORABLE
+        is_stored = cache_name in CACHE_NAMES and kinds <= STORABLE
         self.pool = Blocks(self.device) if is_stored else None
         self._padding: Literal["before", "after"] | None = "after" if kinds == {"full_attention"} else "before"
         self._is_contiguous = not getattr(model, "_supports_attention_backend", False)  # older models reshape them

@@ -9,9 +9,9 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from lorakit.errors import LorakitError
-from lorakit.generate.blocks import BLOCK, Stored
 from lorakit.generate.grammar import Constraint
 from lorakit.generate.sampling import Sampler, Sampling, TokenLogprobs
+from lorakit.ops.cache import BLOCK, Stored
 
 CHUNK = 128
 """Number of prompt tokens in a forward pass, a multiple of `BLOCK`: larger chunks read a prompt in less time, but other

@@ -34,8 +34,7 @@ from lorakit.session.measuring import (
 from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format, until_ended
 from lorakit.session.spec import SessionOptions, SessionSpec, read_adapter, session_spec
 from lorakit.session.tokenizers import SavedTokenizer
-from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.few_rows import multiply_few_rows
+from lorakit.speed import Acceleration, accelerate, fuse_decoding, multiply_few_rows
 from lorakit.tasks import PredictContext, agree_on_padding
 
 AdapterChoice = str | EllipsisType | None
@@ -82,6 +81,8 @@ class Session:
         self._measuring = 0  # number of blocks that need the acceleration
         if spec.options.accelerated:
             multiply_few_rows(loaded.model)
+            if spec.task.task.generates:
+                fuse_decoding(loaded.model)
 
     @classmethod
     def load(cls, spec: SessionSpec, calibration: Sequence[Sequence[int]] = ()) -> Session:

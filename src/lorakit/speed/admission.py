@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -355,7 +355,7 @@ def admit(model: nn.Module, wanted: Parts, recorded: Calls) -> tuple[Parts, list
     """Probe the candidates, parents before children, inside `eval_mode`; return those admitted, and those to report.
     `recorded` has the calls to `modules_to_record` in a first forward pass.
     """
-    firsts, first_of = _one_of_each(wanted, recorded)
+    firsts, first_of = one_of_each(wanted, recorded)
     elsewhere = _elsewhere(model, firsts)
     verdicts: dict[str, Verdict] = {}
     differing: list[str] = []
@@ -383,7 +383,7 @@ def _of_adapters(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _one_of_each(wanted: Parts, recorded: Calls) -> tuple[Parts, dict[str, str]]:
+def one_of_each(wanted: Parts, recorded: Collection[str]) -> tuple[Parts, dict[str, str]]:
     """Group the candidates that differ only in their weights, represented by the first module of each group. Returns
     the representatives that were called by path, and a dict from each candidate's path to its representative's.
     """

@@ -236,10 +236,10 @@ def prepare(
     q_norm, k_norm = norms or (None, None)
     p, interleaved = dropouts[1] or dropout, bound.layout.is_interleaved
     block = SelfAttention(tuple(inputs), output, bound.head_dim, kv_heads, norm, q_norm, k_norm, p, interleaved)
-    return PreparedAttention(block, pattern, _rotary(bound, options), operands)
+    return PreparedAttention(block, pattern, rotary_of(bound, options), operands)
 
 
-def _rotary(bound: BoundAttention, options: Options) -> Rotary | None:
+def rotary_of(bound: BoundAttention, options: Options) -> Rotary | None:
     """Return the tables for rotary position embeddings, or None if the module uses none."""
     tables = options.get("position_embeddings")
     if tables is None or not getattr(bound.settings, "use_rope", True):

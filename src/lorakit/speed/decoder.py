@@ -30,7 +30,7 @@ ATTRIBUTES = frozenset(
 )
 
 
-class _Around(NamedTuple):
+class Around(NamedTuple):
     """Current norms and dropout around the inner module of a sublayer."""
 
     before: Norm | None
@@ -50,13 +50,13 @@ class BoundSublayer:
     layout: Sublayer
     norms: tuple[BoundNorm | None, ...]
 
-    def around(self, layer: nn.Module) -> _Around | None:
-        """Return the current norms and dropout, or None if any of them cannot be fused now."""
-        norms = operands_of(self.norms)
+    def around(self, layer: nn.Module, *, frozen: bool = True) -> Around | None:
+        """Return the current norms and dropout, or None if any of them cannot be fused now; `frozen` as for a norm."""
+        norms = operands_of(self.norms, frozen=frozen)
         p = dropout_p(layer._modules.get(self.layout.dropout))
         if self.layout.dropout_p and layer.training:
             p = getattr(layer, self.layout.dropout_p)
-        return None if norms is None or p is None else _Around(norms[0], norms[1], p)
+        return None if norms is None or p is None else Around(norms[0], norms[1], p)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class BoundLayer(Bound):
             fed = attended + fed
         return scatter_rows(fed, rows, x)
 
-    def _fed_by_modules(self, around: _Around, x: Tensor) -> Tensor:
+    def _fed_by_modules(self, around: Around, x: Tensor) -> Tensor:
         """Return the output of the layer's own feed-forward modules for x (B, T, d), without dropout and residual."""
         output: Any = x if around.before is None else normalize(x, around.before)
         for child in modules_at(self.module, self.layout.called):
@@ -140,7 +140,7 @@ def match(module: nn.Module) -> BoundLayer | str:
     return unknown_attributes(module, ATTRIBUTES, tuple(module._modules)) or bound
 
 
-def _fed(layer: BoundLayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
+def _fed(layer: BoundLayer, around: Around, x: Tensor, *, residual: bool) -> Tensor | None:
     """Compute the feed-forward sublayer for x (…, d) with one function, or return None if that is not possible."""
     block = layer.block
     if block is None or (layer.layout.feed_forward.inner and is_watched(block.module)):
@@ -149,6 +149,6 @@ def _fed(layer: BoundLayer, around: _Around, x: Tensor, *, residual: bool) -> Te
     return None if prepared is None else prepared.run(x, residual=residual)
 
 
-def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
+def _with_residual(x: Tensor, y: Tensor, around: Around) -> Tensor:
     """Apply the norm and dropout to the inner module's output y, add x, and return the output of the sublayer."""
     return x + dropout(y if around.after is None else normalize(y, around.after), around.p)

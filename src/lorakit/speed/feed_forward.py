@@ -57,7 +57,7 @@ def match_children(module: nn.Module) -> BoundFeedForward | str:
 
 def bind(module: nn.Module, layout: FeedForwardLayout) -> BoundFeedForward | str:
     """Return the fused `forward` of a block with modules at the paths of a layout, or why it is not supported."""
-    function = _activation(module, layout)
+    function = activation_at(module, layout)
     act = activation_of(function)
     return unknown_activation(function) or "" if act is None else BoundFeedForward(module, layout, act)
 
@@ -81,7 +81,7 @@ def prepare(block: BoundFeedForward, x: Tensor, norm: Norm | None, dropout: floa
     """
     module, layout = block.module, block.layout
     dropouts = _probabilities(module, layout, dropout)
-    if dropouts is None or is_activation_watched(_activation(module, layout)):
+    if dropouts is None or is_activation_watched(activation_at(module, layout)):
         return None
     operands = active_operands(modules_at(module, layout.linears), x)
     if operands is None:
@@ -107,6 +107,7 @@ def _layout(module: nn.Module) -> FeedForwardLayout | None:
     return max(layouts, key=lambda one: len(children & set(one.children)), default=None)
 
 
-def _activation(module: nn.Module, layout: FeedForwardLayout) -> Callable[[Tensor], Tensor] | None:
+def activation_at(module: nn.Module, layout: FeedForwardLayout) -> Callable[[Tensor], Tensor] | None:
+    """Return the activation of a block, or None."""
     functions = (attribute_at(module, path) for path in layout.activation)
     return next((function for function in functions if function is not None), None)

@@ -38,15 +38,15 @@ class BoundNorm(Bound):
         """Return whether there is no norm: the module is an nn.Identity without hooks."""
         return self.kind == "none" and not is_watched(self.module)
 
-    def operands(self) -> Norm | None:
-        """Return the current operands, or None if the norm has hooks or is not frozen."""
+    def operands(self, *, frozen: bool = True) -> Norm | None:
+        """Return the current operands, or None if the norm has hooks or, with `frozen`, is not frozen."""
         if self.kind == "none":
             return None
         parameters = self.module._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if is_watched(self.module) or type(weight) is not nn.Parameter or weight.ndim != 1 or weight.requires_grad:
+        if is_watched(self.module) or type(weight) is not nn.Parameter or weight.ndim != 1:
             return None
-        if bias is not None and bias.requires_grad:
+        if frozen and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return None
         return Norm(self.kind, weight, bias, self.eps, self.offset)
 
@@ -92,9 +92,9 @@ def bound_norms(module: nn.Module, *names: str) -> list[BoundNorm | None] | None
     return norms if is_known else None
 
 
-def operands_of(norms: Sequence[BoundNorm | None]) -> list[Norm | None] | None:
+def operands_of(norms: Sequence[BoundNorm | None], *, frozen: bool = True) -> list[Norm | None] | None:
     """Return the current operands of norms, with None for a missing norm; None if any norm cannot be fused now."""
-    operands = [None if norm is None else norm.operands() for norm in norms]
+    operands = [None if norm is None else norm.operands(frozen=frozen) for norm in norms]
     is_absent = [norm is None or norm.is_absent for norm in norms]
     return operands if all(one is not None or absent for one, absent in zip(operands, is_absent, strict=True)) else None
 

@@ -26,6 +26,9 @@ from lorakit.ops.autograd import is_traced
 RECOMPUTES = "_recomputes_matmuls"
 """Attribute of a replaced feed-forward block whose backward pass recomputes matmuls."""
 
+DECODES = "_decodes"
+"""Attribute of a decoder layer with the `Fused` of calls with a cache; see `lorakit.speed.decoding`."""
+
 BOUND = "_bound"
 """The `__slots__` entry in which a replacement stores its `Fused`, outside the shared state."""
 
@@ -131,7 +134,7 @@ def make_replacement(module: nn.Module, classes: dict[type[nn.Module], type[nn.M
     maps original to replacement classes, for one model.
     """
     if type(module) not in classes:
-        classes[type(module)] = _subclass(type(module))
+        classes[type(module)] = subclass(type(module), BOUND, __slots__=(BOUND,))
     replacement = _blank(classes[type(module)])
     replacement.__dict__ = module.__dict__
     return replacement
@@ -151,13 +154,14 @@ def is_replacement(module: nn.Module) -> bool:
 Reduced = tuple[Callable[[type[nn.Module]], nn.Module], tuple[type[nn.Module]], dict[str, Any]]
 
 
-def _subclass(original: type[nn.Module]) -> type[nn.Module]:
+def subclass(original: type[nn.Module], attribute: str, **more: Any) -> type[nn.Module]:
+    """Return a subclass whose instances try the `Fused` in this attribute; it has the members in `more`, too."""
     names = parameters_of(original)
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = None
-        fused: Fused | None = getattr(self, BOUND, None)  # replicas that torch creates have none
+        fused: Fused | None = getattr(self, attribute, None)  # replicas that torch creates have none
         # a compiler fuses the plain `forward` itself, and `torch.func` transforms cannot enter a fused one
         if fused is not None and not (torch.compiler.is_compiling() or is_traced()):
             x, options = split_call(names, args, kwargs)
@@ -170,14 +174,14 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     def as_original(self: nn.Module, protocol: int) -> Reduced:  # a class created at runtime cannot be imported
         return pickled_as(first, self)
 
-    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, "__slots__": (BOUND,)}
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": as_original, **more}
     members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, MARK: first}
     return type(original.__name__, (original,), members)
 
 
 def pickled_as(kind: type[nn.Module], module: nn.Module) -> Reduced:
     """Return what makes pickled and copied modules instances of their original class."""
-    return _blank, (kind,), {name: value for name, value in vars(module).items() if name != RECOMPUTES}
+    return _blank, (kind,), {name: value for name, value in vars(module).items() if name not in (RECOMPUTES, DECODES)}
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

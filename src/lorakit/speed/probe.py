@@ -125,9 +125,15 @@ class _Enough(Exception):
 
 
 def calls(
-    model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS, *, stop: bool = False
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    rows: int = ROWS,
+    tokens: int = TOKENS,
+    *,
+    stop: bool = False,
+    inputs: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Call], ModelOutput | None]:
-    """Run a model once on random tokens, inside `eval_mode`, and record calls to modules by path.
+    """Run a model once on `inputs` or on random tokens, inside `eval_mode`, and record calls to modules by path.
 
     Returns the last call to each module that was called, and the model's output, or None if `stop` ended the forward
     pass as soon as all modules had been called. Any exception of the model propagates.
@@ -146,7 +152,7 @@ def calls(
     output: ModelOutput | None = None
     try:
         with contextlib.suppress(_Enough):
-            output = model(**inputs_of(model, rows, tokens))
+            output = model(**(inputs_of(model, rows, tokens) if inputs is None else inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -38,6 +38,7 @@ PROPERTIES = [
         for name in (
             "activation",
             "attention",
+            "attention_cached",
             "attention_compiled",
             "cross_entropy",
             "dropout",
@@ -90,7 +91,7 @@ static void *no_memory(size_t bytes) {
 @pytest.mark.parametrize(
     ("name", "at_first"),
     [
-        *itertools.product(("softmax", "cross_entropy", "add_per_row", "int8_few_rows"), (0, 1)),
+        *itertools.product(("softmax", "cross_entropy", "add_per_row", "int8_few_rows", "attend_slots"), (0, 1)),
         ("linear_few_rows", 0),  # all threads share its scratch
     ],
 )
@@ -102,7 +103,7 @@ def test_no_memory_for_scratch_is_a_memory_error(
     library = building.built(DTYPES[dtype]).functions
     assert library is not None
     kernels, x = CompiledKernels({dtype: library}), torch.zeros(4, 32, 256, dtype=dtype)
-    stack = torch.zeros(1, 2, 256, dtype=dtype)
+    stack, ones = torch.zeros(1, 2, 256, dtype=dtype), torch.ones(4, 1, dtype=torch.int64)
     calls: dict[str, Any] = {
         "softmax": lambda: kernels.softmax(x, None, None),
         "cross_entropy": lambda: kernels.cross_entropy(
@@ -111,6 +112,7 @@ def test_no_memory_for_scratch_is_a_memory_error(
         "add_per_row": lambda: kernels.own.add_per_row(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
         "int8_few_rows": lambda: kernels.int8_few_rows(x[0], *int8_parts(256, dtype), None),
         "linear_few_rows": lambda: kernels.linear_few_rows(x[0], x[0], None),
+        "attend_slots": lambda: kernels.attend_slots(x, x, x, ones.expand(4, 32).contiguous(), ones.flatten(), 1.0),
     }
     before = torch.get_num_threads()
     torch.set_num_threads(2)

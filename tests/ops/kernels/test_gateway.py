@@ -138,6 +138,14 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "bias": of_ones(6),
     },
     "linear_few_rows": lambda: {"x": of_ones(3, 8), "W": of_ones(6, 8), "bias": of_ones(6)},
+    "attend_slots": lambda: {
+        "q": of_ones(3, 4, 8),
+        "keys": of_ones(6, 2, 8),
+        "values": of_ones(6, 2, 8),
+        "table": integers(0, 1, 2, 3, 4, 5).view(3, 2),
+        "lengths": integers(1, 2, 2),
+        "scale": 1.0,
+    },
 }
 """Return a valid call of each kernel."""
 
@@ -172,6 +180,8 @@ RANGES = [
     ("add_per_row", "index", (-2, 4, 2**40)),
     ("int8_input_gradient", "kept", (-1, 8, 2**40)),
     ("int8_few_rows", "kept", (-1, 8, 2**40)),
+    ("attend_slots", "table", (-1, 6, 2**40)),
+    ("attend_slots", "lengths", (0, 3, 2**40)),
     ("softmax", "low", (-1, 9)),
     ("softmax", "high", (-1, 9, 2**30)),
 ]

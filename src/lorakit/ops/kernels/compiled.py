@@ -59,9 +59,9 @@ class CompiledKernels:
     Attributes:
         activations: The activations that `gate` supports.
         caps_logits: Whether `cross_entropy` supports a cap.
-        dropping, own, int8, linear, attention, low_rank, int8_matmuls: The kernels for matmuls with dropout, for one
-            adapter per row, for the steps around int8 matmuls, for linear layers, and as their classes say; None if
-            there are none or they are not faster.
+        dropping, own, int8, linear, slots, attention, low_rank, int8_matmuls: The kernels for matmuls with dropout, for
+            one adapter per row, for the steps around int8 matmuls, for linear layers, for attention over slots, and as
+            their classes say; None if there are none or they are not faster.
         few_rows: Largest number of rows for which `int8_few_rows` is faster than the other steps, or 0.
         linear_rows: Dtype -> largest number of rows for which `linear_few_rows` is not slower than PyTorch, or 0.
     """
@@ -71,7 +71,7 @@ class CompiledKernels:
     dropping = None
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
-        self.own = self.int8 = self.linear = self
+        self.own = self.int8 = self.linear = self.slots = self
         gateway = Gateway(libraries)
         self.attention = CompiledAttention(gateway) if gateway.dots else None
         self.low_rank = CompiledLowRankGradients(gateway) if gateway.dots else None
@@ -348,6 +348,33 @@ class CompiledKernels:
         self._call(
             "linear_few_rows", dtype, out * d, *inputs, apart, rows, d, out, self._pointer("y", y, dtype, y.shape)
         )
+        return y
+
+    def attend_slots(
+        self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float
+    ) -> Tensor:
+        """Return the attention (rows, H, D) of one query per row, q (rows, H, D), to the keys and values of the row.
+
+        Position t of row i is in slot table[i, t] of keys and values (slots, K, D), for t < lengths[i]; H is a multiple
+        of K. The bits of a row depend on these alone. Shapes: table int64 (rows, longest), lengths int64 (rows,).
+
+        Raises:
+            ValueError: A tensor is invalid, or H is not a multiple of K.
+        """
+        dtype, (rows, heads, width), (slots, kv, _), longest = q.dtype, q.shape, keys.shape, table.shape[-1]
+        if not kv or heads % kv:
+            raise ValueError(f"q {tuple(q.shape)}: the number of heads is not a multiple of that of keys, {kv}")
+        inputs = (
+            self._pointer("q", q, dtype, q.shape),
+            self._pointer("keys", keys, dtype, (slots, kv, width)),
+            self._pointer("values", values, dtype, (slots, kv, width)),
+            self._pointer("table", table, torch.int64, (rows, longest), within=(0, slots - 1)),
+            self._pointer("lengths", lengths, torch.int64, (rows,), within=(1, longest)),
+        )
+        y = torch.empty_like(q)
+        output = self._pointer("y", y, dtype, q.shape)
+        size = rows * heads * longest * width
+        self._call("attend_slots", dtype, size, *inputs, rows, longest, kv, heads // kv, width, scale, output)
         return y
 
 

@@ -42,6 +42,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
     "int8_few_rows": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _P),
     "linear_few_rows": (_P, _P, _P, _N, _N, _N, _N, _P),
+    "attend_slots": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, c_float, _P),
 }
 
 _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch rows, heads and tokens

@@ -265,6 +265,7 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 }
 
 #include "own.h"
+#include "attend_slots.h"
 #include "int8.h"
 #include "int8_few.h"
 

@@ -13,6 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the argument for a key-value cache in transformers, newest first."""
+
 BLOCK = 32
 """Tokens per block."""
 
@@ -68,15 +71,16 @@ class Blocks:
         """Size of a token's keys and values in all layers; 0 before the first forward pass."""
         return sum(t[0].numel() * t.element_size() for layer in [*self._layers.values()] for t in layer)
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values (rows, heads, new, width) in the slots (rows · new,)."""
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (tokens, heads, width) in the slots (tokens,); return those of all slots."""
         stored = self._layers.get(layer)
         missing = len(self._holders) * BLOCK - (0 if stored is None else len(stored[0]))
         if stored is None or missing > 0:
             stored = self._grown(stored, keys, values, missing)
             self._layers[layer] = stored
         for tensor, new in zip(stored, (keys, values), strict=True):
-            tensor.index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+            tensor.index_copy_(0, slots, new)
+        return stored
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values (rows, heads, length, width) in the slots (rows, length)."""
@@ -91,7 +95,7 @@ class Blocks:
     ) -> tuple[Tensor, Tensor]:
         """Return larger tensors with what is stored; the size doubles, so that the cost per token stays constant."""
         if stored is None:
-            first, second = (new.new_zeros(missing, new.shape[1], new.shape[3]) for new in (keys, values))
+            first, second = (new.new_zeros(missing, *new.shape[1:]) for new in (keys, values))
             return first, second
         more = max(missing, len(stored[0]))
         first, second = (torch.cat([old, old.new_zeros(more, *old.shape[1:])]) for old in stored)
@@ -135,6 +139,9 @@ class PassCache:
         is_used: Whether the model has stored anything.
         mask: Which positions are tokens, (rows, length) of 1 and 0.
         positions: Positions of the new tokens, (rows, new).
+        new: Number of new tokens per sequence.
+        table: Slot of each position, (rows, length) int64.
+        lengths: Number of tokens of each row, including the new ones, (rows,) int64, or None if padding is before them.
     """
 
     is_compileable = False
@@ -148,7 +155,7 @@ class PassCache:
         *,
         is_contiguous: bool,
     ) -> None:
-        self._pool, self._new, self._is_contiguous = pool, new, is_contiguous
+        self._pool, self.new, self._is_contiguous = pool, new, is_contiguous
         self.is_used = False
         lengths = [row.length + new for row in rows]
         longest = max(lengths)
@@ -159,7 +166,8 @@ class PassCache:
             begin = longest - length if padding == "before" else 0
             read[i, begin : begin + length] = row.slots[:length]
             mask[i, begin : begin + length] = 1
-        self._read, self.mask = read, mask
+        self.table, self.mask = read, mask
+        self.lengths = None if padding == "before" else torch.tensor(lengths, device=pool.device)
         self._write = torch.cat([row.slots[row.length : row.length + new] for row in rows])
         first = torch.tensor([row.length for row in rows], device=pool.device)
         self.positions = first[:, None] + torch.arange(new, device=pool.device)
@@ -172,20 +180,24 @@ class PassCache:
         """
         if keys.shape[0] * keys.shape[2] != len(self._write):
             raise UnstorableError
-        self._pool.write(layer_idx, self._write, keys, values)
-        self.is_used = True
-        all_keys, all_values = self._pool.read(layer_idx, self._read)
+        self.store(keys.transpose(1, 2), values.transpose(1, 2), layer_idx)
+        all_keys, all_values = self._pool.read(layer_idx, self.table)
         return (all_keys.contiguous(), all_values.contiguous()) if self._is_contiguous else (all_keys, all_values)
+
+    def store(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (rows, new, heads, width); return those of all slots (slots, heads, width)."""
+        self.is_used = True
+        return self._pool.write(layer_idx, self._write, keys.flatten(0, 1), values.flatten(0, 1))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of positions before the new tokens."""
-        return self._read.shape[1] - self._new
+        return self.table.shape[1] - self.new
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of positions, and the first one."""
-        return self._read.shape[1], 0
+        return self.table.shape[1], 0
 
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Return −1: there is no limit."""

@@ -1,0 +1,187 @@
+"""Fused decoder layers in generation: outputs as the model's own, rows as alone, and the own forward when in doubt."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lorakit import LoraConfig, core
+from lorakit.generate import Continuation, Engine, NewToken, PromptRead, rows_are_independent
+from lorakit.ops import attention_cached
+from lorakit.ops.kernels import compiled
+from lorakit.speed import accelerate, fuse_decoding, multiply_few_rows, undo_fused_decoding
+from lorakit.speed.decoding import BoundDecoding
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS: dict[str, tuple[type[nn.Module], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"head_dim": 16, "sliding_window": 16}),
+}
+PROMPTS = [[(7 * i + k) % 299 for i in range(length)] for k, length in enumerate((3, 20, 150))]
+
+
+def model_of(name: str = "llama", dtype: torch.dtype = torch.float32, *names: str) -> Any:
+    kind, config, fields = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config(**SIZES, **fields)).to(dtype).eval()
+    for adapter in names:
+        core.attach(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), adapter)
+    return model
+
+
+def logprobs_of(model: Any, adapters: tuple[str | None, ...] = (None,), new: int = 6) -> list[list[float]]:
+    """Return the log-probabilities of forced tokens: of all tokens of prompts, then of new ones."""
+    engine = Engine(model)
+    for i, prompt in enumerate(PROMPTS):
+        engine.submit(
+            Continuation(tuple(prompt), new, adapter=adapters[i % len(adapters)], logprobs=0, prompt_logprobs=0)
+        )
+    found: dict[int, list[float]] = {i: [] for i in range(len(PROMPTS))}
+    while not engine.is_idle:
+        for event in engine.step():
+            if isinstance(event, PromptRead):
+                found[event.row] += [one.logprob for one in event.logprobs]
+            elif isinstance(event, NewToken) and event.logprobs is not None:
+                found[event.row].append(event.logprobs.logprob)
+    return [*found.values()]
+
+
+def difference(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    pairs = [pair for one, other in zip(ours, theirs, strict=True) for pair in zip(one, other, strict=True)]
+    return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Record, for each call of a fused forward, whether it ran."""
+    ran = list[bool]()
+    run = BoundDecoding.run
+
+    def noted(self: BoundDecoding, *args: Any) -> Any:
+        y = run(self, *args)
+        ran.append(y is not None)
+        return y
+
+    monkeypatch.setattr(BoundDecoding, "run", noted)
+    return ran
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_are_those_of_the_model(name: str, runs: list[bool]) -> None:
+    model = model_of(name)
+    expected = logprobs_of(model)
+    assert fuse_decoding(model) == 2 and fuse_decoding(model) == 0
+    runs.clear()
+    ours = logprobs_of(model)
+    assert runs and all(runs)
+    assert 0 < difference(ours, expected) < 1e-3
+    undo_fused_decoding(model)
+    assert type(model) is MODELS[name][0] and logprobs_of(model) == expected
+
+
+def test_adapters_of_rows_act_whether_they_were_attached_before_or_after(runs: list[bool]) -> None:
+    model = model_of("llama", torch.float32, "one")
+    assert fuse_decoding(model) == 2
+    core.attach(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "two")
+    model.eval()
+    runs.clear()
+    ours = logprobs_of(model, ("one", None, "two"))
+    assert all(runs)
+    undo_fused_decoding(model)
+    expected, base = logprobs_of(model, ("one", None, "two")), logprobs_of(model)
+    assert difference(ours, expected) < 1e-3 and difference(ours[1:2], base[1:2]) < 1e-3
+    assert difference(ours[::2], base[::2]) > 0.1
+
+
+@pytest.mark.skipif(compiled.kernels() is None, reason="no kernels")
+def test_a_row_has_the_same_bits_alone_and_beside_others() -> None:
+    model = model_of("llama", torch.bfloat16, "one", "two")
+    multiply_few_rows(model)
+    assert fuse_decoding(model) == 2
+    assert rows_are_independent(model, ("one", "two"))
+
+
+def test_hooks_of_all_modules_run(runs: list[bool]) -> None:
+    model = model_of("llama", torch.float32, "one")
+    fuse_decoding(model)
+    for path, module in model.named_modules():
+        if ".layers.0." not in path or not path.endswith(("proj", "norm", "mlp", "self_attn", "act_fn")):
+            continue
+        noted = Mock(return_value=None)
+        handle = module.register_forward_hook(noted)
+        logprobs_of(model, ("one",), new=2)
+        handle.remove()
+        assert noted.called, path
+    runs.clear()
+    logprobs_of(model, new=2)
+    assert all(runs)
+
+
+def test_a_changed_forward_or_setting_makes_the_own_forward_run(runs: list[bool]) -> None:
+    model = model_of()
+    fuse_decoding(model)
+    attention = model.model.layers[0].self_attn
+    attention.scaling *= 2
+    expected = logprobs_of(copy.deepcopy(model))
+    runs.clear()
+    assert difference(logprobs_of(model)[:1], expected[:1]) < 1e-5
+    assert len(runs) > 0  # those of the other layer
+
+
+def test_calls_with_gradients_or_other_caches_run_the_own_forward(runs: list[bool]) -> None:
+    model = model_of()
+    fuse_decoding(model)
+    runs.clear()
+    ids = torch.tensor([PROMPTS[0]])
+    model(input_ids=ids).logits.sum().backward()
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True)
+    assert not runs
+
+
+def test_copies_are_of_the_original_class_and_the_model_can_be_accelerated() -> None:
+    model = model_of("llama", torch.float32, "one")
+    fuse_decoding(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied.model.layers[0]) is type(LlamaForCausalLM(LlamaConfig(**SIZES)).model.layers[0])
+    expected = logprobs_of(model, ("one",))
+    accelerated = accelerate(model)
+    assert "decoder layer" in str(accelerated)
+    assert difference(logprobs_of(model, ("one",)), expected) < 1e-3
+    accelerated.undo()
+    assert logprobs_of(model, ("one",)) == expected
+
+
+def test_unknown_layers_and_wrong_fused_forwards_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fuse_decoding(GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=300))) == 0
+    assert fuse_decoding(nn.Linear(2, 2)) == 0
+    attend = attention_cached.attend_cached
+    monkeypatch.setattr("lorakit.speed.decoding.attend_cached", lambda *a, **k: 1.1 * attend(*a, **k))
+    assert fuse_decoding(model_of()) == 0
