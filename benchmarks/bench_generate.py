@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_generate.py [--batches 1x1 8x8 32x1 32x32] [--rounds 5] [--new 16]
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers. K adapters are assigned to R rows in turn
-(RxK; K is 0 for the base alone). One `lorakit.generate.Engine` per side reads prompts of 16 tokens and continues each row
-by `--new` tokens. Its bank of adapters is kept between rounds, as in a server; the first round is not counted. Sides: the
-model's own forward with `multiply_few_rows`, and after `fuse_decoding`, too. They are interleaved in one process, and
-each round starts with another side.
+(RxK; K is 0 for the base alone). One `lorakit.generate.Engine` per side reads prompts of 16 tokens and continues each
+row by `--new` tokens. Its bank of adapters is kept between rounds, as in a server; the first round is not counted.
+Sides: the model's own forward with `multiply_few_rows`, and after `fuse_decoding`, too. They are interleaved in one
+process, and each round starts with another side.
 
 A row has the new tokens per CPU-second of each round, and the ratio of the median to that of the model's own forward.
 CPU-seconds depend less on other programs than wall time. Rows are appended to results/generate.jsonl.

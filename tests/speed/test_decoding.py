@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,7 +26,7 @@ from transformers import (
 
 from lorakit import LoraConfig, core
 from lorakit.generate import Continuation, Engine, NewToken, PromptRead, rows_are_independent
-from lorakit.ops import attention_cached
+from lorakit.ops import cache
 from lorakit.ops.kernels import compiled
 from lorakit.speed import accelerate, fuse_decoding, multiply_few_rows, undo_fused_decoding
 from lorakit.speed.decoding import BoundDecoding
@@ -120,7 +121,109 @@ def test_adapters_of_rows_act_whether_they_were_attached_before_or_after(runs: l
     assert difference(ours[::2], base[::2]) > 0.1
 
 
-@pytest.mark.skipif(compiled.kernels() is None, reason="no kernels")
+@pytest.fixture
+def wholes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Record, for each call of a fused forward, whether one kernel computed the layer."""
+    ran = list[bool]()
+    whole = BoundDecoding._whole
+
+    def noted(self: BoundDecoding, *args: Any) -> Any:
+        y = whole(self, *args)
+        ran.append(y is not None)
+        return y
+
+    monkeypatch.setattr(BoundDecoding, "_whole", noted)
+    return ran
+
+
+NAMES = ("one", None, "two")
+needs_kernels = pytest.mark.skipif(compiled.kernels() is None, reason="no kernels")
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_one_kernel_for_a_layer_has_the_bits_of_separate_ones(
+    name: str, dtype: torch.dtype, wholes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(name, dtype, "one")
+    core.attach(model, LoraConfig(r=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False), "two")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.rand_like(parameter)
+    multiply_few_rows(model.eval())
+    assert fuse_decoding(model) == 2
+    wholes.clear()
+    whole = logprobs_of(model, NAMES)
+    if not few_rows_in(dtype):
+        assert not any(wholes)
+        return
+    assert sum(wholes) > len(wholes) / 2
+    monkeypatch.setattr(BoundDecoding, "_whole", lambda *_: None)
+    assert logprobs_of(model, NAMES) == whole
+
+
+def few_rows_in(dtype: torch.dtype) -> int:
+    kernels = compiled.kernels()
+    return 0 if kernels is None else kernels.linear_rows[dtype]
+
+
+def change_base(model: Any) -> None:
+    weight = model.model.layers[1].mlp.down_proj.base_layer.weight
+    weight.data = weight.data * 3
+
+
+def change_norm(model: Any) -> None:
+    model.model.layers[0].input_layernorm.weight.mul_(3)
+
+
+def change_factor(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.lora_B["one"].weight.mul_(9)
+
+
+def hook_on_base(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.base_layer.register_forward_hook(lambda *given: 3 * given[-1])
+
+
+def hook_on_factor(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.lora_B["one"].register_forward_hook(lambda *given: 9 * given[-1])
+
+
+def other_forward(model: Any) -> None:
+    norm = model.model.layers[1].post_attention_layernorm
+    forward = norm.forward
+    norm.forward = lambda x: 3 * forward(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change", [change_base, change_norm, change_factor, hook_on_base, hook_on_factor, other_forward]
+)
+def test_a_change_counts_from_the_next_step(change: Callable[[Any], None], wholes: list[bool]) -> None:
+    def after(model: Any, *, is_changed: bool = True) -> list[float]:
+        engine = Engine(model)
+        engine.submit(Continuation(tuple(PROMPTS[1]), 8, adapter="one", logprobs=5))
+        for _ in range(3):
+            engine.step()
+        with torch.no_grad():
+            change(model) if is_changed else None
+        (event,) = engine.step()
+        assert isinstance(event, NewToken) and event.logprobs is not None
+        return [value for _, value in sorted(event.logprobs.top)]
+
+    model = model_of("llama", torch.float32, "one")
+    multiply_few_rows(model)
+    own, unchanged = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_decoding(model)
+    fuse_decoding(unchanged)
+    ours = after(model)
+    assert few_rows_in(torch.float32) == 0 or wholes[-5:-3] == [True, True]
+    assert ours == pytest.approx(after(own), abs=1e-4)
+    assert after(unchanged, is_changed=False) != pytest.approx(ours, abs=1e-2)
+
+
+@needs_kernels
 def test_a_row_has_the_same_bits_alone_and_beside_others() -> None:
     model = model_of("llama", torch.bfloat16, "one", "two")
     multiply_few_rows(model)
@@ -182,6 +285,6 @@ def test_copies_are_of_the_original_class_and_the_model_can_be_accelerated() -> 
 def test_unknown_layers_and_wrong_fused_forwards_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fuse_decoding(GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=300))) == 0
     assert fuse_decoding(nn.Linear(2, 2)) == 0
-    attend = attention_cached.attend_cached
+    attend = cache.attend_cached
     monkeypatch.setattr("lorakit.speed.decoding.attend_cached", lambda *a, **k: 1.1 * attend(*a, **k))
     assert fuse_decoding(model_of()) == 0

@@ -1,4 +1,5 @@
-"""Keys and values of many sequences, in blocks of tokens that are taken as sequences grow, and shared by prefixes.
+"""Keys and values of many sequences, in blocks of tokens that are taken as sequences grow, and shared by prefixes; and
+the attention of new tokens to them, for inference.
 
 Attention reads the tokens of a row and, to make the rows of a batch equally long, zeros: masked NaN would pass through
 `scaled_dot_product_attention`. So blocks are cleared when the last sequence gives them back.
@@ -12,6 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from lorakit.ops.kernels import kernels_for
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the argument for a key-value cache in transformers, newest first."""
@@ -73,13 +77,17 @@ class Blocks:
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (tokens, heads, width) in the slots (tokens,); return those of all slots."""
+        stored = self.room(layer, keys, values)
+        for tensor, new in zip(stored, (keys, values), strict=True):
+            tensor.index_copy_(0, slots, new)
+        return stored
+
+    def room(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all slots, with room for tensors like these (tokens, heads, width)."""
         stored = self._layers.get(layer)
         missing = len(self._holders) * BLOCK - (0 if stored is None else len(stored[0]))
         if stored is None or missing > 0:
-            stored = self._grown(stored, keys, values, missing)
-            self._layers[layer] = stored
-        for tensor, new in zip(stored, (keys, values), strict=True):
-            tensor.index_copy_(0, slots, new)
+            stored = self._layers[layer] = self._grown(stored, keys, values, missing)
         return stored
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +149,7 @@ class PassCache:
         positions: Positions of the new tokens, (rows, new).
         new: Number of new tokens per sequence.
         table: Slot of each position, (rows, length) int64.
+        write: Slot of each new token, (rows · new,) int64.
         lengths: Number of tokens of each row, including the new ones, (rows,) int64, or None if padding is before them.
     """
 
@@ -168,7 +177,7 @@ class PassCache:
             mask[i, begin : begin + length] = 1
         self.table, self.mask = read, mask
         self.lengths = None if padding == "before" else torch.tensor(lengths, device=pool.device)
-        self._write = torch.cat([row.slots[row.length : row.length + new] for row in rows])
+        self.write = torch.cat([row.slots[row.length : row.length + new] for row in rows])
         first = torch.tensor([row.length for row in rows], device=pool.device)
         self.positions = first[:, None] + torch.arange(new, device=pool.device)
 
@@ -178,7 +187,7 @@ class PassCache:
         Raises:
             UnstorableError: The model stores another number of tokens than it was given.
         """
-        if keys.shape[0] * keys.shape[2] != len(self._write):
+        if keys.shape[0] * keys.shape[2] != len(self.write):
             raise UnstorableError
         self.store(keys.transpose(1, 2), values.transpose(1, 2), layer_idx)
         all_keys, all_values = self._pool.read(layer_idx, self.table)
@@ -187,7 +196,12 @@ class PassCache:
     def store(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Store new keys and values (rows, new, heads, width); return those of all slots (slots, heads, width)."""
         self.is_used = True
-        return self._pool.write(layer_idx, self._write, keys.flatten(0, 1), values.flatten(0, 1))
+        return self._pool.write(layer_idx, self.write, keys.flatten(0, 1), values.flatten(0, 1))
+
+    def room(self, like: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return those of all slots, to which the caller writes new ones; they are like a tensor (0, heads, width)."""
+        self.is_used = True
+        return self._pool.room(layer_idx, like, like)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of positions before the new tokens."""
@@ -204,3 +218,41 @@ class PassCache:
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+SHORT = 1 << 13
+"""Number of pairs of a new token and a position up to which the kernel is faster than copies and matmuls."""
+
+
+def is_short(cache: PassCache) -> bool:
+    """Return whether the rows have one new token each, or a single row has few pairs of new tokens and positions."""
+    return cache.new == 1 or (len(cache.table) == 1 and cache.table.numel() * cache.new <= SHORT)
+
+
+def attend_cached(
+    q: Tensor, stored: tuple[Tensor, Tensor], cache: PassCache, scale: float, mask: Tensor | None, *, is_full: bool
+) -> Tensor:
+    """Return the attention (B, T, H, D) of the new tokens of a forward pass to their sequences.
+
+    A kernel reads the sequences in place if `is_short`; else they are copied. With the kernel, the bits of a row depend
+    on its own tokens alone, and no value of another sequence is read. Gradients are not recorded.
+
+    Args:
+        q: New queries, (B, T, H, D).
+        stored: What `cache.store` returned: keys and values, (slots, K, D), where H is a multiple of K.
+        cache: The cache of this forward pass.
+        scale: Factor of the scores.
+        mask: Which positions a token sees, (B, 1, T, length), as for `scaled_dot_product_attention`; None if all up to
+            itself.
+        is_full: Whether tokens see all tokens before them, so that the mask says nothing else.
+    """
+    keys, values = stored
+    kernels = kernels_for(q, keys, values)
+    if kernels is not None and kernels.slots is not None and cache.lengths is not None and is_full and is_short(cache):
+        return kernels.slots.attend_slots(q.contiguous(), keys, values, cache.table, cache.lengths, scale)
+    copied = (each.index_select(0, cache.table.flatten()).unflatten(0, cache.table.shape) for each in (keys, values))
+    shared = q.shape[2] // keys.shape[1]
+    all_keys, all_values = (each.repeat_interleave(shared, 2) if shared > 1 else each for each in copied)
+    q, k, v = (each.transpose(1, 2) for each in (q, all_keys, all_values))
+    causal = mask is None and cache.new > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale).transpose(1, 2)

@@ -56,6 +56,7 @@ class PerRowLora:
 
 
 Method = Literal["masked", "rows", "sorted", "compiled"]
+SHORT_CHUNK = 64  # maximum number of tokens per row for which the compiled method is not slower than per-row matmuls
 LONG_ROW = 4  # minimum number of tokens per row for which per-row matmuls are efficient
 # Minimum number of rows per adapter for which one matmul per adapter is efficient (LONG_RUN), and for which one matmul
 # per adapter is faster than one per row (FULL_RUN).
@@ -197,14 +198,15 @@ def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
     return "sorted" if run >= FULL_RUN else "rows"
 
 
-def are_short(x: Tensor, rows: Routed) -> bool:
-    """Return whether the rows x (rows, …, in) are short enough for the method "compiled"."""
-    return x.numel() // x.shape[-1] < LONG_ROW * len(x)
+def is_short_chunk(x: Tensor) -> bool:
+    """Return whether the rows x (rows, …, in) are short enough for the method "compiled" in inference."""
+    return x.numel() // x.shape[-1] <= SHORT_CHUNK * len(x)
 
 
 def are_few(x: Tensor, rows: Routed) -> bool:
     """Return whether the rows x (rows, …, in) are short enough, and few enough, for the method "compiled"."""
-    return are_short(x, rows) and x.numel() // x.shape[-1] <= LONG_RUN * rows.adapters
+    tokens = x.numel() // x.shape[-1]
+    return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
 
 
 class _Call(NamedTuple):

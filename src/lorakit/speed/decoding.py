@@ -9,7 +9,7 @@ a call is not supported or if anything that the fused one relies on has changed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,16 +20,20 @@ from torch.distributed.tensor import DTensor
 from lorakit.architectures.known_forwards import known_forwards
 from lorakit.identity.identities import Identities, original_class
 from lorakit.ops.activation import activate, activation
-from lorakit.ops.attention_cached import attend_cached
-from lorakit.ops.cache import BLOCK, CACHE_NAMES, Blocks, PassCache, Stored
+from lorakit.ops.cache import BLOCK, CACHE_NAMES, Blocks, PassCache, Stored, attend_cached, is_short
+from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels.compiled import ACTIVATIONS
+from lorakit.ops.kernels.decoder_layer import LayerOperands
 from lorakit.ops.norm import Norm, normalize
 from lorakit.ops.rotary import rotated
+from lorakit.ops.segments import SHORT_CHUNK
 from lorakit.speed import attention, decoder
 from lorakit.speed.admission import Bound, FusedForward, Known, Parts, candidates, compare, one_of_each
 from lorakit.speed.attention import rotary_of
 from lorakit.speed.contract import contract_for
 from lorakit.speed.decoder import BoundLayer
 from lorakit.speed.feed_forward import BoundFeedForward, activation_at
+from lorakit.speed.linear import route_of, row_linear
 from lorakit.speed.norm import operands_of
 from lorakit.speed.patching import DECODES, Fused, Options, is_watched, modules_at, subclass, walk
 from lorakit.speed.probe import TOKENS, Call, attempt, calls, eval_mode, frozen, token_ids
@@ -55,11 +59,14 @@ class BoundDecoding(Bound):
         cache, mask = _cache_of(options), options.get("attention_mask")
         if first is None or second is None or of_heads is None or cache is None or not self._may_run(x):
             return None
-        norms = (first.before, first.after, second.before, second.after, *of_heads)
+        norms = (first.before, first.after, second.before, second.after, *(of_heads or (None, None)))
         if any(norm is not None and norm.weight.dtype != x.dtype for norm in norms):
             return None
         if mask is None and 1 < cache.new < cache.table.shape[1]:
             return None  # what a missing mask means depends on the implementation of attention
+        whole = self._whole(x, cache, options, norms)
+        if whole is not None:
+            return whole
         attended = self._attended(_normalized(x, first.before), cache, options, of_heads)
         x = x + _normalized(attended, first.after)
         return x + _normalized(self._fed(_normalized(x, second.before)), second.after)
@@ -70,6 +77,39 @@ class BoundDecoding(Bound):
         if is_watched(self.layer.attention.module, captures=False) or is_watched(self.block.module):
             return False
         return not is_activation_watched(activation_at(self.block.module, self.block.layout))
+
+    def _whole(self, x: Tensor, cache: PassCache, options: Options, norms: Sequence[Norm | None]) -> Tensor | None:
+        """Return the output (B, T, d) of the layer for x (B, T, d) from one kernel, or None if it does not support it.
+
+        Its bits are those of the separate kernels.
+        """
+        kernels, bound, act = kernels_for(x), self.layer.attention, ACTIVATIONS.get(self.block.act)
+        kernel = None if kernels is None else kernels.layer
+        if kernel is None or act is None or x.numel() > kernel.most_rows.get(x.dtype, 0) * x.shape[-1]:
+            return None
+        if cache.lengths is None or bound.window is not None or not is_short(cache) or cache.new > SHORT_CHUNK:
+            return None
+        rotary = rotary_of(bound, options)
+        tables = None if rotary is None else (rotary.cos, rotary.sin)
+        if tables and any(t.dtype != x.dtype or t.ndim != 3 or not t.is_contiguous() for t in tables):
+            return None
+        if any(norm is not None and norm.kind != "rms" for norm in norms):
+            return None
+        *inner, down = modules_at(self.block.module, self.block.layout.linears)
+        modules = [*modules_at(bound.module, bound.layout.linears), *inner, down]
+        route = route_of(modules)
+        linears = [row_linear(module, route, x) for module in modules]
+        if any(one is None for one in linears):
+            return None
+        if len(inner) == 1:
+            linears.insert(5, None)
+        of_keys = linears[1].W.shape[0]  # type: ignore[union-attr]
+        like = x.new_empty(0, of_keys // bound.head_dim, bound.head_dim)
+        stored = cache.room(like, vars(bound.module)["layer_idx"])
+        of_norms = [None if norm is None else (norm.weight, norm.eps, norm.offset) for norm in norms]
+        places = cache.write, cache.table, cache.lengths
+        given = LayerOperands(linears, of_norms, act, bound.scale, tables, *stored, *places)
+        return kernel.decoder_layer(x.contiguous(), given)
 
     def _attended(self, x: Tensor, cache: PassCache, options: Options, norms: list[Norm | None]) -> Tensor:
         """Return the output of attention (B, T, d) for normalized hidden states x (B, T, d)."""

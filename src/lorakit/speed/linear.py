@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.choices import CONV1D
 from lorakit.config.lora import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import share_dropped
-from lorakit.core.layers.batched import called_factors
+from lorakit.core.layers.batched import called_factors, kept_stacks
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.named_layers import WeightLayer
 from lorakit.core.quantization.int8_linear import Int8Linear
@@ -25,9 +25,11 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.identity.identities import is_plain_linear
 from lorakit.ops.adapted import Adapted, LowRank, factors
+from lorakit.ops.kernels.decoder_layer import RowLinear
 from lorakit.ops.linear import linears
 from lorakit.speed.admission import Bound
 from lorakit.speed.contract import is_adapted, is_peft_linear
+from lorakit.speed.few_rows import Linear
 from lorakit.speed.patching import Forwards, Options, is_watched
 
 
@@ -87,6 +89,31 @@ def _with_adapter(base: Adapted, pair: tuple[Tensor, Tensor], scale: float, drop
     """Add A (r, in) and B (out, r) to the operands of a linear module; return None if `dropout` is not supported."""
     p = share_dropped(dropout)
     return None if p is None else Adapted(base.W, base.bias, LowRank(*pair, scale, p), base.transposed)
+
+
+def route_of(modules: Sequence[nn.Module]) -> Route | None:
+    """Return the route of a call to modules of one model, or None if none of them has an adapter from lorakit."""
+    layer = next((module for module in modules if isinstance(module, LoraLayer)), None)
+    return None if layer is None else resolve(layer.state, layer.own_route, layer.forwards)[0]
+
+
+def row_linear(module: nn.Module, route: Route | None, x: Tensor) -> RowLinear | None:
+    """Return the operands of a linear module for inputs like x (rows, …, in) in generation, or None if it is called.
+
+    These are a base that multiplies few rows, and stacks of plain adapters, one per row; nothing has a hook.
+    """
+    base, stacks = module, list[tuple[Tensor, Tensor, Tensor]]()
+    if isinstance(module, LoraLayer):
+        if is_watched(module) or module.own_route is not None or module.merged_adapters or module.moved_by:
+            return None
+        found = None if route is None or module.inside() else kept_stacks(module, route, x)
+        if found is None:
+            return None
+        base, stacks = module.base_layer, found
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(base) is not Linear or is_watched(base) or type(weight) is not nn.Parameter or weight.dtype != x.dtype:
+        return None
+    return RowLinear(weight, bias, stacks)
 
 
 READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")

@@ -32,13 +32,13 @@ needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc")
 NO_TILES = "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"
 SANITIZE = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 PROPERTIES = [
-    *(f"tests/ops/kernels/test_{name}.py" for name in ("compiled", "gateway")),
+    *(f"tests/ops/kernels/test_{name}.py" for name in ("compiled", "decoder_layer", "gateway")),
     *(
         f"tests/ops/test_{name}.py"
         for name in (
             "activation",
             "attention",
-            "attention_cached",
+            "cache",
             "attention_compiled",
             "cross_entropy",
             "dropout",
@@ -112,7 +112,9 @@ def test_no_memory_for_scratch_is_a_memory_error(
         "add_per_row": lambda: kernels.own.add_per_row(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
         "int8_few_rows": lambda: kernels.int8_few_rows(x[0], *int8_parts(256, dtype), None),
         "linear_few_rows": lambda: kernels.linear_few_rows(x[0], x[0], None),
-        "attend_slots": lambda: kernels.attend_slots(x, x, x, ones.expand(4, 32).contiguous(), ones.flatten(), 1.0),
+        "attend_slots": lambda: kernels.attend_slots(
+            x[:, None], x, x, ones.expand(4, 32).contiguous(), ones.flatten(), 1.0
+        ),
     }
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -139,7 +139,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "linear_few_rows": lambda: {"x": of_ones(3, 8), "W": of_ones(6, 8), "bias": of_ones(6)},
     "attend_slots": lambda: {
-        "q": of_ones(3, 4, 8),
+        "q": of_ones(3, 1, 4, 8),
         "keys": of_ones(6, 2, 8),
         "values": of_ones(6, 2, 8),
         "table": integers(0, 1, 2, 3, 4, 5).view(3, 2),

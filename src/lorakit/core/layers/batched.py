@@ -39,7 +39,16 @@ from lorakit.core.shards import is_freed_by_zero
 from lorakit.core.variants import Factor, variant_named
 from lorakit.identity.identities import is_plain_linear
 from lorakit.ops.autograd import autocast, is_traced, without_autocast
-from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, are_short, compiled_method, method_for
+from lorakit.ops.segments import (
+    Method,
+    PerRowLora,
+    Routed,
+    Segments,
+    are_few,
+    compiled_method,
+    is_short_chunk,
+    method_for,
+)
 
 _VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")
 _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
@@ -134,7 +143,8 @@ class Stack:
         """Prepare the matmuls of a route for inputs of the same shape as x (rows, …, in)."""
         rows = route.routed(self.names, x.device, len(x))
         by_row = route.kept is not None and route.kept.by_row
-        own = compiled_method(self.A, self.B, None, rows, x) if (are_short if by_row else are_few)(x, rows) else None
+        fits = is_short_chunk(x) if by_row else are_few(x, rows)
+        own = compiled_method(self.A, self.B, None, rows, x) if fits else None
         return own or Segments(self.A, self.B, None, rows, "rows" if by_row else self._method(x, rows), x.dtype)
 
     def _method(self, x: Tensor, rows: Routed) -> Method:
@@ -273,6 +283,26 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
         for each in stacked.matmuls(layer, route, x):
             each.forward(x, y)
     return y, [segment for segment in segments if segment[0] in stacked.rest] if stacked.rest else ()
+
+
+def kept_stacks(layer: StoredWeight, route: Route, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+    """Return the cached stacks that a route uses at a site, for inputs like x (rows, …, in), or None if it is unknown.
+
+    Returns:
+        A (K, r, in) with the scales, B transposed (K, r, out), and the index of each row's adapter, (rows,), −1 for
+        none; empty if no adapter of the route has factors at the site.
+    """
+    acting = [name for name in route.mentions if name in layer.r]
+    if not acting:
+        return []
+    kept = route.kept
+    if kept is None or not (kept.by_row and kept.is_checked) or (route.rows is None and len(acting) > 1):
+        return None
+    stacks: Stacks | None = kept.get((layer, x.dtype))
+    if stacks is None or any(name not in stacks.names or name in stacks.rest for name in acting):
+        return None
+    used = [stack for stack in stacks.stacks if not route.mentions.isdisjoint(filter(None, stack.names))]
+    return [(each.A, each.B.transpose(1, 2), route.routed(each.names, x.device, len(x)).index) for each in used]
 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-/* Attention of one query per row to the keys and values of its own sequence, in place: position t of row i is at slot
- * table[i][t]. A row reads only its `lengths[i]` positions, in their order, so its bits do not depend on other rows. */
+/* Attention of the last `tokens` tokens of each row to the keys and values of its own sequence, in place: position t of
+ * row i is at slot table[i][t], for t < lengths[i]. A token sees the positions up to its own, and they are added in
+ * their order. So its bits do not depend on other rows. */
 
 static void attend_own(const number *q, const number *k, const number *v, const int64_t *slots, int64_t n,
                        int64_t token, int64_t group, int64_t d, float scale, float *room, int64_t padded_n,
@@ -38,19 +39,19 @@ static void attend_own(const number *q, const number *k, const number *v, const 
 }
 
 int attend_slots(const number *q, const number *k, const number *v, const int64_t *table, const int64_t *lengths,
-                 int64_t rows, int64_t longest, int64_t kv, int64_t group, int64_t d, float scale, number *out,
-                 int threads) {
+                 int64_t rows, int64_t tokens, int64_t longest, int64_t kv, int64_t group, int64_t d, float scale,
+                 number *out, int threads) {
     int status = DONE;
     int64_t padded_n = (longest + WHOLE - 1) / WHOLE * WHOLE;
 #pragma omp parallel num_threads(threads)
     {
         float *room = scratch((size_t)(group * (2 * d + padded_n)), &status);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * kv; i++) {
-            int64_t row = i / kv, head = i % kv, at = i * group * d;
+        for (int64_t i = 0; i < rows * tokens * kv; i++) {
+            int64_t row = i / kv / tokens, after = tokens - 1 - i / kv % tokens, head = i % kv, at = i * group * d;
             if (room)
-                attend_own(q + at, k + head * d, v + head * d, table + row * longest, lengths[row], kv * d, group, d,
-                           scale, room, padded_n, out + at);
+                attend_own(q + at, k + head * d, v + head * d, table + row * longest, lengths[row] - after, kv * d,
+                           group, d, scale, room, padded_n, out + at);
         }
         free(room);
     }

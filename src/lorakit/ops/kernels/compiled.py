@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakit.ops.kernels.building import Built, built
 from lorakit.ops.kernels.compiled_matmuls import CompiledAttention, CompiledLowRankGradients, int8_matmuls
+from lorakit.ops.kernels.decoder_layer import CompiledDecoderLayer
 from lorakit.ops.kernels.gateway import Gateway
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
@@ -59,9 +60,9 @@ class CompiledKernels:
     Attributes:
         activations: The activations that `gate` supports.
         caps_logits: Whether `cross_entropy` supports a cap.
-        dropping, own, int8, linear, slots, attention, low_rank, int8_matmuls: The kernels for matmuls with dropout, for
-            one adapter per row, for the steps around int8 matmuls, for linear layers, for attention over slots, and as
-            their classes say; None if there are none or they are not faster.
+        dropping, own, int8, linear, slots, attention, low_rank, int8_matmuls, layer: The kernels for matmuls with
+            dropout, for one adapter per row, for the steps around int8 matmuls, for linear layers, for attention over
+            slots, and as their classes say; None if there are none or they are not faster.
         few_rows: Largest number of rows for which `int8_few_rows` is faster than the other steps, or 0.
         linear_rows: Dtype -> largest number of rows for which `linear_few_rows` is not slower than PyTorch, or 0.
     """
@@ -76,6 +77,7 @@ class CompiledKernels:
         self.attention = CompiledAttention(gateway) if gateway.dots else None
         self.low_rank = CompiledLowRankGradients(gateway) if gateway.dots else None
         self.int8_matmuls = int8_matmuls(gateway)
+        self.layer = CompiledDecoderLayer(gateway)
         self.few_rows = MOST_ROWS if gateway.has_int8_dots else 0
         self.linear_rows: Mapping[torch.dtype, int] = gateway.linear_rows
         self._pointer, self._optional, self._call = gateway.pointer, gateway.optional, gateway.call
@@ -353,15 +355,16 @@ class CompiledKernels:
     def attend_slots(
         self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float
     ) -> Tensor:
-        """Return the attention (rows, H, D) of one query per row, q (rows, H, D), to the keys and values of the row.
+        """Return the attention (rows, T, H, D) of the last T tokens of each row, q (rows, T, H, D), to the row.
 
         Position t of row i is in slot table[i, t] of keys and values (slots, K, D), for t < lengths[i]; H is a multiple
-        of K. The bits of a row depend on these alone. Shapes: table int64 (rows, longest), lengths int64 (rows,).
+        of K. A token sees the positions up to its own. Its bits depend on these alone. Shapes: table int64 (rows,
+        longest), lengths int64 (rows,).
 
         Raises:
             ValueError: A tensor is invalid, or H is not a multiple of K.
         """
-        dtype, (rows, heads, width), (slots, kv, _), longest = q.dtype, q.shape, keys.shape, table.shape[-1]
+        dtype, (rows, tokens, heads, width), (slots, kv, _), longest = q.dtype, q.shape, keys.shape, table.shape[-1]
         if not kv or heads % kv:
             raise ValueError(f"q {tuple(q.shape)}: the number of heads is not a multiple of that of keys, {kv}")
         inputs = (
@@ -369,12 +372,12 @@ class CompiledKernels:
             self._pointer("keys", keys, dtype, (slots, kv, width)),
             self._pointer("values", values, dtype, (slots, kv, width)),
             self._pointer("table", table, torch.int64, (rows, longest), within=(0, slots - 1)),
-            self._pointer("lengths", lengths, torch.int64, (rows,), within=(1, longest)),
+            self._pointer("lengths", lengths, torch.int64, (rows,), within=(tokens, longest)),
         )
         y = torch.empty_like(q)
+        sizes = rows, tokens, longest, kv, heads // kv, width
         output = self._pointer("y", y, dtype, q.shape)
-        size = rows * heads * longest * width
-        self._call("attend_slots", dtype, size, *inputs, rows, longest, kv, heads // kv, width, scale, output)
+        self._call("attend_slots", dtype, q.numel() * longest, *inputs, *sizes, scale, output)
         return y
 
 

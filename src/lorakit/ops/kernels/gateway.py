@@ -42,8 +42,11 @@ SIGNATURES: dict[str, tuple[type, ...]] = {  # parameters as in rows.c, except t
     "int8_input_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _P),
     "int8_few_rows": (_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _P),
     "linear_few_rows": (_P, _P, _P, _N, _N, _N, _N, _P),
-    "attend_slots": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, c_float, _P),
+    "attend_slots": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, c_float, _P),
 }
+LAYER_SIGNATURE = (_P, _P, _P, _N, _N, _P)
+"""Parameters of `decoder_layer`, which reads the addresses of its operands from memory."""
+
 
 _H = (_P, _N, _N, _N)  # heads: their address, and the distances between batch rows, heads and tokens
 DOT_SIGNATURES: dict[str, tuple[type, ...]] = {  # functions of libraries that have dot products
@@ -75,6 +78,8 @@ class Gateway:
             dtype: {name: _typed(library, name, (*types, c_int)) for name, types in SIGNATURES.items()}
             for dtype, library in libraries.items()
         }
+        for dtype, library in libraries.items():
+            self._functions[dtype]["decoder_layer"] = _typed(library, "decoder_layer", (*LAYER_SIGNATURE, c_int))
         self.dots = self._add("has_dots", DOT_SIGNATURES, libraries)
         self.int8_matmuls = self._add("has_int8_matmuls", INT8_MATMUL_SIGNATURES, libraries)
         self.tiles = self._add("has_tiles", {}, libraries)

@@ -284,3 +284,5 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
 #include "low_rank.h"
 
 #include "linear_few.h"
+
+#include "decoder_layer.h"

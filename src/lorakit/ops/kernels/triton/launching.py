@@ -37,7 +37,7 @@ class TritonKernels:
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
-    attention = own = int8 = int8_matmuls = linear = low_rank = slots = None
+    attention = own = int8 = int8_matmuls = layer = linear = low_rank = slots = None
 
     def __init__(self) -> None:
         self.dropping = self

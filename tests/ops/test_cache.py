@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import attention_cached
-from lorakit.ops.attention_cached import attend_cached
-from lorakit.ops.cache import BLOCK, Blocks, PassCache, Stored
+from lorakit.ops import cache
+from lorakit.ops.cache import BLOCK, Blocks, PassCache, Stored, attend_cached
 from lorakit.ops.kernels import compiled
 
 needs_kernels = pytest.mark.skipif(compiled.kernels() is None, reason=f"no kernels: {compiled.describe()}")
@@ -101,7 +100,7 @@ def test_nan_in_a_row_stays_in_it() -> None:
 @needs_kernels
 def test_without_a_kernel_the_sequences_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Sequences(LENGTHS, torch.float32).attend(*range(len(LENGTHS)))
-    monkeypatch.setattr(attention_cached, "kernels_for", lambda *_: None)
+    monkeypatch.setattr(cache, "kernels_for", lambda *_: None)
     y = Sequences(LENGTHS, torch.float32).attend(*range(len(LENGTHS)))
     assert not torch.equal(y, expected)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
