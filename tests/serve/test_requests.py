@@ -74,3 +74,16 @@ def test_seeds_of_answers_follow_each_other() -> None:
     assert [request.sampling(request.chosen_seed + index).seed for index in range(2)] == [2**63 - 1, 0]
     free = CompletionRequest(model="one", prompt="a")
     assert free.chosen_seed != free.chosen_seed
+
+
+def test_messages_of_lm_eval() -> None:
+    body = b'{"model": "one", "messages": [{"role": "user", "content": "a", "type": "text"}]}'
+    assert [message.as_dict() for message in parse(ChatRequest, body).messages] == [{"role": "user", "content": "a"}]
+
+
+def test_messages_are_as_templates_take_them() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = ChatRequest.model_validate(
+        {"model": "one", "messages": [{"role": "developer", "content": parts, "name": None}]}
+    )
+    assert request.messages[0].as_dict() == {"role": "system", "content": "ab"}

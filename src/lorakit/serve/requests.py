@@ -111,10 +111,11 @@ class ChatMessage(_Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    type: Literal["text"] = "text"  # lm-eval sends it
 
     def as_dict(self) -> JsonObject:
         """Return the message as chat templates take it."""
-        found = self.model_dump(exclude_unset=True)
+        found = self.model_dump(exclude_unset=True, exclude={"type"})
         if isinstance(self.content, list):
             found["content"] = "".join(part.text for part in self.content)
         return {**found, "role": "system" if self.role == "developer" else self.role}
