@@ -65,7 +65,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS) -> None:
     folders = early.adapter_folders(flags.adapter or ())
     allocator.set_up()  # before torch allocates any memory
     from lorakit.generate import Sampling
-    from lorakit.session import open_session
+    from lorakit.session.opening import open_session
     from lorakit.tasks import CAUSAL_LM
 
     task = None if folders else CAUSAL_LM.name

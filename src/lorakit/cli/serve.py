@@ -66,7 +66,7 @@ def run(
     from lorakit.serve.server import Address, Server, run_server
     from lorakit.serve.service import Limits, Service
     from lorakit.serve.sources import Sources
-    from lorakit.session import open_session
+    from lorakit.session.opening import open_session
     from lorakit.tasks import CAUSAL_LM
 
     keys = [] if flags.api_keys is None else read_keys(flags.api_keys)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from lorakit.session.coding import EvalRows, RowsToPredict, to_predict
 from lorakit.session.comparing import compare
 from lorakit.session.measuring import Evaluation
+from lorakit.session.opening import open_session
 from lorakit.session.prompts import Answer, Remark
-from lorakit.session.session import Session, open_session
+from lorakit.session.session import Session
 from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import Any
@@ -14,15 +14,14 @@ import torch
 from torch import nn
 
 from lorakit import core, hub
-from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8, TASK_NAMES
+from lorakit.choices import MATMUL_IN_DTYPE, MATMUL_IN_INT8
 from lorakit.core import AdapterFiles
 from lorakit.data import Batch, Conversation, Request, read_records, text_records
-from lorakit.data.tokens import beginning, token_ids
 from lorakit.durable import JsonObject
-from lorakit.errors import MergeError, UsageError, did_you_mean
+from lorakit.errors import MergeError, UsageError
 from lorakit.generate import NewToken, Sampling, embedding_weight, generate_batch
 from lorakit.session.base_matmul import quantize_for_int8
-from lorakit.session.coding import EvalRows, RowsToPredict, to_predict
+from lorakit.session.coding import EvalRows, RowsToPredict
 from lorakit.session.measuring import (
     Evaluation,
     combined,
@@ -32,7 +31,7 @@ from lorakit.session.measuring import (
     oom_as_run_error,
 )
 from lorakit.session.prompts import Answer, Remark, conversation, encode_prompts, end_ids, prompt_format, until_ended
-from lorakit.session.spec import SessionOptions, SessionSpec, read_adapter, session_spec
+from lorakit.session.spec import SessionSpec, read_adapter
 from lorakit.session.tokenizers import SavedTokenizer
 from lorakit.speed import Acceleration, accelerate, fuse_decoding, multiply_few_rows
 from lorakit.tasks import PredictContext, agree_on_padding
@@ -593,44 +592,6 @@ class Session:
             self.merged = (*self.merged, *(str(self.adapters[name].folder) for name in chosen))
             self.adapters.clear()
             self._tokenizers.clear()
-
-
-def open_session(
-    model: str | None = None,
-    adapters: Mapping[str, str | Path] | None = None,
-    *,
-    task: str | None = None,
-    calibration: Sequence[str] = (),
-    **options: Any,
-) -> Session:
-    """Load a base and its adapters.
-
-    Args:
-        model: Model directory, GGUF file, Hub id, or "smollm2"; None for the base that the adapters name.
-        adapters: Name -> directory of an adapter or a run, or Hub id ("owner/name[@revision]").
-        task: Name of the task of a model without adapters; None selects that of the model's own head.
-        calibration: Texts by which the input scales of `base_matmul="int8"` are chosen, if no run directory has them.
-        options: Fields of `lorakit.session.SessionOptions`, such as `dtype`, `device` and `quantization`.
-
-    Raises:
-        UsageError: The adapters name different bases, or none, or have different tasks or classes; or an option or the
-            task is unknown.
-        LorakitError: The base or an adapter cannot be loaded; the error class and message say why.
-    """
-    known = [one.name for one in fields(SessionOptions)]
-    for name in options:
-        if name not in known:
-            text = f"open_session has no option {name!r}; the options are {', '.join(known)}."
-            raise UsageError(text + did_you_mean(name, known), what=name, field=name, allowed=tuple(known))
-    if adapters is not None and not isinstance(adapters, Mapping):
-        text = 'adapters must be a mapping, such as {"notes": "runs/notes"}.'  # type: ignore[unreachable]
-        raise UsageError(text, what=str(adapters), field="adapters")
-    if task is not None and task not in TASK_NAMES:
-        raise UsageError.of("task", task, allowed=TASK_NAMES)
-    files = {name: read_adapter(given) for name, given in (adapters or {}).items()}
-    spec = session_spec(model, files, SessionOptions(**options), task)
-    ids = [beginning(spec.tokenizer) + token_ids(spec.tokenizer, text) for text in calibration]
-    return Session.load(spec if spec.task.task.generates else to_predict(spec), ids)
 
 
 def _vocabulary(model: nn.Module) -> int:
