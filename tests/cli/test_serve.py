@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -82,3 +83,6 @@ def test_flags_that_are_rejected(
     assert cli.main(["serve", "--model", model, str(empty)]) == 2
     assert "neither a registry nor" in capsys.readouterr().err
     assert cli.main(["serve", "--model", model, adapters, "--api-keys", str(tmp_path / "missing")]) == 1
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert cli.main(["serve", "--model", model, adapters, "--port", str(other.getsockname()[1])]) == 2
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err

@@ -42,7 +42,8 @@ class Running:
 
 @contextlib.contextmanager
 def serving(service: Service, access: Access | None = None, address: Address | None = None) -> Iterator[Server]:
-    server = Server(service, access or Access(), address or Address(port=0))
+    address = address or Address(port=0)
+    server = Server(service, access or Access(), address, address.bind())
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

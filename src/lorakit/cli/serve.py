@@ -72,14 +72,17 @@ def run(
     keys = [] if flags.api_keys is None else read_keys(flags.api_keys)
     address = Address(flags.host, flags.port)
     address.check(has_keys=bool(keys))
-    sources = Sources(adapters)
-    quantization = stored_as(flags.quantization, True)
-    session = open_session(base, task=CAUSAL_LM.name, dtype=flags.dtype, device=flags.device, quantization=quantization)
-    console.remarks(session.remarks)
-    name = Path(flags.model).name if Path(flags.model).exists() else flags.model
-    service = Service(session, sources, name, Limits(rows=flags.rows, waiting=flags.waiting))
-    service.start()
-    return run_server(Server(service, Access(keys, flags.request_timeout), address), service)
+    with address.bind() as listener:
+        sources = Sources(adapters)
+        quantization = stored_as(flags.quantization, True)
+        session = open_session(
+            base, task=CAUSAL_LM.name, dtype=flags.dtype, device=flags.device, quantization=quantization
+        )
+        console.remarks(session.remarks)
+        name = Path(flags.model).name if Path(flags.model).exists() else flags.model
+        service = Service(session, sources, name, Limits(rows=flags.rows, waiting=flags.waiting))
+        service.start()
+        return run_server(Server(service, Access(keys, flags.request_timeout), address, listener), service)
 
 
 def _check(flags: Flags) -> str:

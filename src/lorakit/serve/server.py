@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +48,25 @@ class Address:
             text = f"--host {self.host} lets others use the server; pass --api-keys, or omit --host."
             raise UsageError(text, what=self.host, field="host")
 
+    def bind(self) -> socket.socket:
+        """Return a socket at the address, which does not accept connections yet.
+
+        Raises:
+            UsageError: The address is in use or not one of this machine.
+        """
+        listener = None
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+            listener.bind(where)
+        except OSError as cause:
+            if listener is not None:
+                listener.close()
+            text = f"cannot listen on {self.host}, port {self.port} ({cause.strerror}); pass another --host or --port."
+            raise UsageError(text, what=self.port, field="port") from cause
+        return listener
+
 
 class Server(uvicorn.Server):
     """A server that ends with its service, and whose process continues after a signal.
@@ -53,9 +75,10 @@ class Server(uvicorn.Server):
         service: The service, which has started.
         access: Who may use the server.
         address: Where it listens.
+        listener: The socket at the address, see `Address.bind`.
     """
 
-    def __init__(self, service: Service, access: Access, address: Address) -> None:
+    def __init__(self, service: Service, access: Access, address: Address, listener: socket.socket) -> None:
         metrics = Metrics(service.counts)
         hosts = {*_LOOPBACK, f"[{address.host}]", address.host} if address.is_loopback else None
         front = Front(make_app(service, access, metrics), hosts, partial(observe, metrics))
@@ -75,18 +98,16 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(access.timeout) + 5,
         )
         super().__init__(config)
-        self._service = service
+        self._service, self._listener = service, listener
+        self.port = int(listener.getsockname()[1])  # also if that of the address is 0
 
-    @property
-    def port(self) -> int:
-        """The port on which the server listens, also if that of its address is 0."""
-        return int(self.servers[0].sockets[0].getsockname()[1])
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, or until the service ends."""
+        super().run(sockets or [self._listener])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals within a block, in the main thread."""
-        import threading
-
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -106,7 +127,7 @@ class Server(uvicorn.Server):
         """Return whether the server ends."""
         return await super().on_tick(counter) or self._service.ended.is_set()
 
-    async def startup(self, sockets: None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
         await super().startup(sockets)
         if self.started:
