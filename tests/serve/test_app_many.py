@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from lorakit import open_session
 from lorakit.registry import Registry
+from lorakit.serve.jobs import Job, Jobs
 from lorakit.serve.service import Limits, Service
 from lorakit.serve.sources import Sources
 
@@ -49,6 +51,33 @@ def in_parts(client: httpx.Client, given: dict[str, Any]) -> tuple[str, str]:
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     parts = [json.loads(line) for line in lines[:-1]]
     return parts[0]["model"], "".join(part["choices"][0]["text"] for part in parts)
+
+
+def test_a_version_that_is_replaced_before_its_row_begins(
+    tiny_model_directory: Path, save_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, make = Registry(tmp_path / "registry"), Jobs.completion
+    old, new = save_adapter("old", 1), save_adapter("new", 2)
+    before = registry.add("it", old).version.id
+    with open_session(str(tiny_model_directory)) as session:
+        service = Service(session, Sources([registry.folder]), "tiny", Limits(rows=8, poll_seconds=0.02))
+
+        def replaced(jobs: Jobs, *given: Any) -> Job:
+            job = make(jobs, *given)
+            registry.add("it", new)
+            while any(one.id == before for one in service.models()):
+                time.sleep(0.01)
+            return job
+
+        monkeypatch.setattr(Jobs, "completion", replaced)
+        service.start()
+        with serving(service) as server:
+            url, given = f"http://127.0.0.1:{server.port}/v1/completions", {"model": "it", "prompt": "a"}
+            reply = httpx.post(url, json=given, timeout=60, trust_env=False)
+            gone = httpx.post(url, json={**given, "model": before}, timeout=60, trust_env=False)
+        service.close()
+    assert reply.json()["model"] == registry.resolve("it").id != before
+    assert gone.status_code == 404
 
 
 @pytest.mark.costly(cases=1)

@@ -149,29 +149,40 @@ class Routes:
     async def _generate(self, request: Request, kind: type[Given], make: MakeJob[Given]) -> Response:
         key, deadline = self._access.caller(request), self._access.deadline(request)
         given = parse(kind, await body_of(request))
-        served = self._find(key, given.model)
         trace: Trace = request.state.trace
-        trace.model, trace.name, trace.stream = served.id, served.name, given.stream
+        trace.stream = given.stream
         self._check_accepting()
-        job = await deadline.wait(asyncio.to_thread(make, served, given, key.name))
-        trace.prompt_tokens = job.usage.prompt
-        generation = Generation(self._service, job, deadline)
+        job, generation = await self._begin(key, given, make, deadline, trace)
 
         def end() -> None:
             generation.cancel()
             trace.completion_tokens = sum(choice.made for choice in job.choices)
 
+        if given.stream:
+            return EventStream(_events(job, generation, trace), end)
         try:
-            await generation.start()
-            if given.stream:
-                return EventStream(_events(job, generation, trace), end)
             return await _unless_disconnected(request, _whole(job, generation, trace))
-        except BaseException:
-            end()
-            raise
         finally:
-            if not given.stream:
-                end()
+            end()
+
+    async def _begin(
+        self, key: Key, given: Given, make: MakeJob[Given], deadline: Deadline, trace: Trace
+    ) -> tuple[Job, Generation]:
+        """Submit a request; again if the name has a new version that replaced the one before it meanwhile."""
+        while True:
+            served = self._find(key, given.model)
+            trace.model, trace.name = served.id, served.name
+            job = await deadline.wait(asyncio.to_thread(make, served, given, key.name))
+            trace.prompt_tokens = job.usage.prompt
+            generation = Generation(self._service, job, deadline)
+            try:
+                await generation.start()
+            except BaseException as error:
+                generation.cancel()
+                if not isinstance(error, UnknownModelError) or self._find(key, given.model) is served:
+                    raise
+            else:
+                return job, generation
 
     def _check_accepting(self) -> None:
         if not self._service.is_ready:
