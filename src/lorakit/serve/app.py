@@ -21,6 +21,7 @@ from lorakit.serve.faults import HttpFault, fault_of
 from lorakit.serve.generation import Deadline, Generation
 from lorakit.serve.jobs import Job, Jobs
 from lorakit.serve.keys import ANYONE, Key, find_key
+from lorakit.serve.page import page_routes
 from lorakit.serve.requests import AdapterRequest, ChatRequest, CompletionRequest, GenerationRequest, parse
 from lorakit.serve.served import Served
 from lorakit.serve.service import Service
@@ -233,6 +234,7 @@ def make_app(service: Service, access: Access, metrics: Metrics) -> FastAPI:
         ("POST", "/v1/chat/completions"): routes.chat,
         ("POST", "/v1/load_lora_adapter"): routes.load,
         ("POST", "/v1/unload_lora_adapter"): routes.unload,
+        **page_routes(),
     }
     for (method, path), function in table.items():
         app.add_api_route(path, function, methods=[method], response_model=None)
