@@ -145,6 +145,7 @@ class PassCache:
 
     Attributes:
         is_used: Whether the model has stored anything.
+        holds: Whether fused layers may run in this forward pass; None before the first one has checked it.
         mask: Which positions are tokens, (rows, length) of 1 and 0.
         positions: Positions of the new tokens, (rows, new).
         new: Number of new tokens per sequence.
@@ -166,6 +167,7 @@ class PassCache:
     ) -> None:
         self._pool, self.new, self._is_contiguous = pool, new, is_contiguous
         self.is_used = False
+        self.holds: bool | None = None
         lengths = [row.length + new for row in rows]
         longest = max(lengths)
         if padding is not None:  # some for every row, also for a row alone: the same kernels run

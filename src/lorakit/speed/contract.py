@@ -23,17 +23,22 @@ from lorakit.identity.identities import MISSING, Fact, Identities, Identity, Unk
 from lorakit.speed.patching import children_of
 
 
-def contract_for(module: nn.Module, fused: Collection[int] | None, identities: Identities) -> Contract:
-    """Collect what a module's fused `forward` currently relies on, once all replacements are installed. `fused` has the
-    `id`s of the fused modules, or is None if everything inside the module is bypassed.
+def contract_for(
+    modules: nn.Module | Sequence[nn.Module], fused: Collection[int] | None, identities: Identities
+) -> Contract:
+    """Collect what the fused `forward` of one or several modules currently relies on, once all replacements are
+    installed. `fused` has the `id`s of the fused modules, or is None if everything inside the modules is bypassed.
     """
-    facts, functions = [*_of_module(module, identities)], [*_live(module, identities)]
-    for holder, name, child in bypassed_modules(module, fused):
-        functions += _live(child, identities)
-        if is_operand(child):
-            facts += (fact for one in _layers(child) for fact in identities.of(one).facts)
-        else:
-            facts += [(holder._modules, name, child), *_of_module(child, identities)]
+    facts, functions = list[Fact](), list[FunctionType]()
+    for module in [modules] if isinstance(modules, nn.Module) else modules:
+        facts += _of_module(module, identities)
+        functions += _live(module, identities)
+        for holder, name, child in bypassed_modules(module, fused):
+            functions += _live(child, identities)
+            if is_operand(child):
+                facts += (fact for one in _layers(child) for fact in identities.of(one).facts)
+            else:
+                facts += [(holder._modules, name, child), *_of_module(child, identities)]
     return contract_of(facts, functions)
 
 

@@ -9,7 +9,7 @@ a call is not supported or if anything that the fused one relies on has changed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorakit.architectures.known_forwards import known_forwards
+from lorakit.identity.contract import Contract
 from lorakit.identity.identities import Identities, original_class
 from lorakit.ops.activation import activate, activation
 from lorakit.ops.cache import BLOCK, CACHE_NAMES, Blocks, PassCache, Stored, attend_cached, is_short
@@ -83,7 +84,8 @@ class BoundDecoding(Bound):
 
         Its bits are those of the separate kernels.
         """
-        kernels, bound, act = kernels_for(x), self.layer.attention, ACTIVATIONS.get(self.block.act)
+        bound, act = self.layer.attention, ACTIVATIONS.get(self.block.act)
+        kernels = kernels_for(x, *(None if norm is None else norm.weight for norm in norms))
         kernel = None if kernels is None else kernels.layer
         if kernel is None or act is None or x.numel() > kernel.most_rows.get(x.dtype, 0) * x.shape[-1]:
             return None
@@ -187,13 +189,12 @@ def fuse_decoding(model: nn.Module) -> int:
     if probed is not True:
         return 0
     classes: dict[type[nn.Module], type[nn.Module]] = {}
+    contract = contract_for([part.module for part in wanted.values()], None, known.identities)
     for part in wanted.values():
-        module, bound = part.module, part.bound
-        kind = type(module)
+        module, kind = part.module, type(part.module)
         if kind not in classes:
             classes[kind] = subclass(kind, DECODES)
-        contract = contract_for(module, None, known.identities)
-        module.__dict__[DECODES] = Fused(bound.accepts, contract.holds, _if_supported(bound))
+        module.__dict__[DECODES] = Fused(part.bound.accepts, _always, _if_holds(part.bound, contract))
         module.__class__ = classes[kind]
     return len(wanted)
 
@@ -205,8 +206,25 @@ def undo_fused_decoding(model: nn.Module) -> None:
             module.__class__ = original_class(module)
 
 
-def _if_supported(bound: Bound) -> Any:
-    return lambda x, options: bound.run(x, options) if is_supported(x) else None
+def _always() -> bool:
+    return True
+
+
+def _if_holds(bound: Bound, contract: Contract) -> Callable[[Tensor, Options], Any]:
+    """Return a function that calls `run` with supported hidden states, if the contract of all layers holds.
+
+    It is checked once per forward pass: in many layers, one after another, that takes as long as a layer's small steps.
+    """
+
+    def run(x: Tensor, options: Options) -> Any:
+        cache = _cache_of(options)
+        if cache is None or not is_supported(x):
+            return None
+        if cache.holds is None:
+            cache.holds = contract.holds()
+        return bound.run(x, options) if cache.holds else None
+
+    return run
 
 
 def _agree(model: nn.Module, wanted: Parts) -> bool:

@@ -25,7 +25,8 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import resolve
 from lorakit.identity.identities import is_plain_linear
 from lorakit.ops.adapted import Adapted, LowRank, factors
-from lorakit.ops.kernels.decoder_layer import RowLinear
+from lorakit.ops.kernels import kernels_for
+from lorakit.ops.kernels.decoder_layer import MOST_LOW_RANKS, RowLinear
 from lorakit.ops.linear import linears
 from lorakit.speed.admission import Bound
 from lorakit.speed.contract import is_adapted, is_peft_linear
@@ -106,14 +107,24 @@ def row_linear(module: nn.Module, route: Route | None, x: Tensor) -> RowLinear |
     if isinstance(module, LoraLayer):
         if is_watched(module) or module.own_route is not None or module.merged_adapters or module.moved_by:
             return None
-        found = None if route is None or module.inside() else kept_stacks(module, route, x)
+        found = None if route is None else kept_stacks(module, route, x)
         if found is None:
             return None
-        base, stacks = module.base_layer, found
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(base) is not Linear or is_watched(base) or type(weight) is not nn.Parameter or weight.dtype != x.dtype:
+        base, stacks = module._modules["base_layer"], found
+    if type(base) is not Linear or is_watched(base) or len(stacks) > MOST_LOW_RANKS:
+        return None
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if type(weight) is not nn.Parameter or not _has_rows(weight, x):
+        return None
+    if bias is not None and kernels_for(x, bias) is None:
         return None
     return RowLinear(weight, bias, stacks)
+
+
+def _has_rows(weight: Tensor, x: Tensor) -> bool:
+    """Return whether a weight (out, in) is like x (…, in), and its rows are contiguous."""
+    is_like = weight.dtype == x.dtype and weight.device == x.device and weight.ndim == 2
+    return is_like and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
 
 
 READ = ("active_adapters", "lora_A", "lora_B", "lora_dropout", "scaling")

@@ -94,6 +94,21 @@ def test_the_output_is_that_of_the_formulas() -> None:
     torch.testing.assert_close(run(given, x).double(), expected, rtol=0, atol=2e-5)
 
 
+def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
+    wide, x = 600, normal(1, 2, 600)
+    shapes = ((24, wide), (12, wide), (12, wide), (wide, 24), (900, wide), (900, wide), (wide, 900))
+    linears = [RowLinear(normal(*shape, seed=i), None) for i, shape in enumerate(shapes)]
+    small = operands()
+    given = replace(small, linears=linears, norms=[None] * 6, rotary=None, table=small.table[:1])
+    given = replace(given, lengths=torch.tensor([5]), write=torch.tensor([3, 4]))
+    before, outputs = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        outputs.append(run(given, x))
+    torch.set_num_threads(before)
+    assert outputs[0].isfinite().all() and torch.equal(*outputs)
+
+
 def test_absent_norms_gates_biases_adapters_and_tables_are_skipped() -> None:
     given, x = operands(), normal(ROWS, TOKENS, D)
     bare = [RowLinear(one.W, None) if one else None for one in given.linears]

@@ -84,6 +84,11 @@ class Stack:
         return method_for(x, rows, only_finite=False) if method == "masked" and not self.is_finite else method
 
     @cached_property
+    def Bt(self) -> Tensor:
+        """Return the B factors, transposed, (K, r, out), which are contiguous."""
+        return self.B.transpose(1, 2)
+
+    @cached_property
     def is_finite(self) -> bool:
         """True if all values are finite, judged by their sums; a sum that overflows counts as not finite."""
         sums = [matrices.sum(dtype=torch.promote_types(self.A.dtype, torch.float32)) for matrices in (self.A, self.B)]
@@ -234,7 +239,7 @@ def kept_stacks(layer: StoredWeight, route: Route, x: Tensor) -> list[tuple[Tens
     if stacks is None or any(name not in stacks.names or name in stacks.rest for name in acting):
         return None
     used = [stack for stack in stacks.stacks if not route.mentions.isdisjoint(filter(None, stack.names))]
-    return [(each.A, each.B.transpose(1, 2), route.routed(each.names, x.device, len(x)).index) for each in used]
+    return [(each.A, each.Bt, route.routed(each.names, x.device, len(x)).index) for each in used]
 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:

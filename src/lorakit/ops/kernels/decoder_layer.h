@@ -29,11 +29,16 @@ typedef struct {
     int64_t longest;
 } DecoderLayer;
 
+/* the number of threads for `count` elements, as in gateway.py */
+static inline int threads_for(int64_t count, int threads) { return count > (1 << 14) ? threads : 1; }
+
 static int site(const Site *s, const number *x, int64_t tokens, int64_t rows, number *y, int threads) {
-    int status = linear_few_rows(x, s->W, s->bias, s->W_row, rows, s->in, s->out, y, threads);
+    int status = linear_few_rows(x, s->W, s->bias, s->W_row, rows, s->in, s->out, y,
+                                 threads_for(s->in * s->out, threads));
     for (int64_t i = 0; i < s->count && !status; i++) {
         StackedLow low = s->low[i];
-        status = add_per_row(x, low.A, low.Bt, low.index, tokens, rows, s->in, low.r, s->out, y, threads);
+        status = add_per_row(x, low.A, low.Bt, low.index, tokens, rows, s->in, low.r, s->out, y,
+                             threads_for(rows * low.r * s->in, threads));
     }
     return status;
 }
@@ -42,7 +47,8 @@ static int site(const Site *s, const number *x, int64_t tokens, int64_t rows, nu
 static const number *normed(const DecoderLayer *s, const float *numbers, int which, const number *x, int64_t rows,
                             int64_t d, number *room, float *rstd, int threads) {
     if (!s->norms[which]) return x;
-    rms_forward(x, s->norms[which], numbers[2 * which], numbers[2 * which + 1], rows, d, room, rstd, threads);
+    rms_forward(x, s->norms[which], numbers[2 * which], numbers[2 * which + 1], rows, d, room, rstd,
+                threads_for(rows * d, threads));
     return room;
 }
 
@@ -77,22 +83,24 @@ int decoder_layer(const DecoderLayer *s, const float *numbers, const number *x, 
     normed(s, numbers, OF_Q, q, n * s->heads, s->width, q, rstd, threads);
     normed(s, numbers, OF_K, k, n * s->kv, s->width, k, rstd, threads);
     if (s->cos) {
-        rotate(q, of_q, s->cos, s->sin, s->table_rows, n, s->heads, s->width, s->rot, 0, q, of_q, threads);
-        rotate(k, of_k, s->cos, s->sin, s->table_rows, n, s->kv, s->width, s->rot, 0, k, of_k, threads);
+        rotate(q, of_q, s->cos, s->sin, s->table_rows, n, s->heads, s->width, s->rot, 0, q, of_q,
+               threads_for(n * of_q, threads));
+        rotate(k, of_k, s->cos, s->sin, s->table_rows, n, s->kv, s->width, s->rot, 0, k, of_k,
+               threads_for(n * of_k, threads));
     }
     for (int64_t i = 0; i < n; i++) {
         memcpy(s->keys + s->write[i] * of_k, k + i * of_k, (size_t)of_k * sizeof(number));
         memcpy(s->values + s->write[i] * of_k, v + i * of_k, (size_t)of_k * sizeof(number));
     }
     TRY(attend_slots(q, s->keys, s->values, s->table, s->lengths, rows, tokens, s->longest, s->kv, s->heads / s->kv,
-                     s->width, numbers[2 * NORMS], mixed, threads))
+                     s->width, numbers[2 * NORMS], mixed, threads_for(n * of_q * s->longest, threads)))
     TRY(site(sites + O, mixed, tokens, n, after, threads))
     add_rows(x, normed(s, numbers, AFTER_ATTENTION, after, n, d, normal, rstd, threads), n * d, y);
 
     read = normed(s, numbers, BEFORE_FEED_FORWARD, y, n, d, normal, rstd, threads);
     TRY(site(sites + FIRST, read, tokens, n, first, threads))
     if (sites[UP].W) TRY(site(sites + UP, read, tokens, n, up, threads))
-    gate((int)s->act, first, sites[UP].W ? up : 0, n * inner, first, threads);
+    gate((int)s->act, first, sites[UP].W ? up : 0, n * inner, first, threads_for(n * inner, threads));
     TRY(site(sites + DOWN, first, tokens, n, after, threads))
     add_rows(y, normed(s, numbers, AFTER_FEED_FORWARD, after, n, d, normal, rstd, threads), n * d, y);
     free(base);
