@@ -50,7 +50,7 @@ def test_all_paths_are_listed() -> None:
     from lorakit.serve.app import Access, make_app
 
     routes = {(method, route.path) for route in make_app(None, Access(), None).routes for method in route.methods}  # type: ignore[arg-type, attr-defined]
-    listed = set(re.findall(r"`(GET|POST) (/[\w/]+)`", PAGE))
+    listed = set(re.findall(r"`(GET|POST) (/[\w/.]*)`", PAGE))
     assert {(method, path.replace("MODEL", "{model:path}")) for method, path in listed} == routes
 
 
