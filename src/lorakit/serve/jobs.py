@@ -1,4 +1,4 @@
-"""What a request needs before its rows are submitted: encoded prompts, rows, answers, and the form of the reply.
+"""Preparation of a request before its rows are submitted: encoded prompts, rows, answers, and the form of the reply.
 
 This takes time, for tokenizers, chat templates and JSON schemas, so it is done in a thread.
 """

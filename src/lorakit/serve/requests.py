@@ -175,7 +175,7 @@ class GenerationRequest(_Body):
 
     @property
     def has_usage_part(self) -> bool:
-        """Whether a reply in parts has the usage."""
+        """Return whether a reply in parts has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property

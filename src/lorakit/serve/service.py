@@ -67,6 +67,7 @@ class Service:
         limits: What the service uses at most.
 
     Attributes:
+        fingerprint: The base, its dtype and the version of lorakit.
         faults: Name -> why its current version is not served.
         rows_are_independent: Whether a reply has the bits that it would have without other requests.
         ended: Set when the engine's thread ends.
@@ -75,6 +76,8 @@ class Service:
 
     def __init__(self, session: Session, sources: Sources, base_name: str, limits: Limits | None = None) -> None:
         session.spec.check_generates()
+        dtype = str(session.model.dtype).removeprefix("torch.")
+        self.fingerprint = f"{base_name}-{dtype}-lorakit-{__version__}"
         self.session, self.base_name, self.limits = session, base_name, limits or Limits()
         self._sources = sources
         bank = AdapterBank(slots=8, by_row=True, is_constant=True)
@@ -134,12 +137,6 @@ class Service:
     def is_ready(self) -> bool:
         """Whether requests are accepted."""
         return self._threads[1].is_alive() and not self.is_draining and not self.ended.is_set()
-
-    @property
-    def fingerprint(self) -> str:
-        """The base, its dtype and the version of lorakit."""
-        dtype = str(self.session.model.dtype).removeprefix("torch.")
-        return f"{self.base_name}-{dtype}-lorakit-{__version__}"
 
     @property
     def context(self) -> int | None:
