@@ -127,6 +127,10 @@ class Service:
         self._is_closed = True
         self._commands.put(lambda: None)
         self._threads[0].join()
+        if self._threads[1].is_alive():
+            self._threads[1].join()
+        for lease in filter(None, self._leases.values()):
+            lease.release()
 
     @property
     def is_draining(self) -> bool:
@@ -174,32 +178,36 @@ class Service:
             UnknownModelError: The sources do not have it.
             LorakitError: It cannot be served; what was served before still is.
         """
-        try:
-            version = self._sources.resolve(given)
-        except (AdapterError, UsageError) as error:
-            raise UnknownModelError(error.message, **error.fields) from error
         with self._publishing:
+            try:
+                version = self._sources.resolve(given)
+            except (AdapterError, UsageError) as error:
+                raise UnknownModelError(error.message, **error.fields) from error
             served = self._load(version)
             if given == version.name:
                 self._hidden.discard(given)
                 self._switch(given, version.id)
-        with self._lock:
             others = [id for id in self._loaded if id not in self._current.values()]
-        for id in others[: -self.limits.versions]:
-            self.unload(id)
+            for id in others[: max(0, len(others) - self.limits.versions)]:
+                self._remove(id)
         return served
 
     def unload(self, given: str) -> None:
         """Stop to serve a name or a version; requests that have begun end with it. An unknown one changes nothing."""
+        with self._publishing:
+            self._hidden.update(self._remove(given))
+
+    def _remove(self, given: str) -> list[str]:
+        """Remove a name's current version, or a version; return the names that stood for it."""
         with self._lock:
             id = self._current.get(given, given)
             names = [name for name, current in self._current.items() if current == id]
             for name in names:
                 del self._current[name]
-            self._hidden.update(names)
             gone = self._loaded.pop(id, None)
         if gone is not None:
             self._do(lambda: self._retire(gone)).result()
+        return names
 
     def publish(self) -> None:
         """Serve the current versions of the sources, and stop to serve names that they no longer have.
@@ -209,23 +217,22 @@ class Service:
         with self._publishing:
             try:
                 current = self._sources.current()
-            except LorakitError as error:
-                self.faults = {"": error}
+            except Exception as error:  # noqa: BLE001 - the registries are looked at again
+                self.faults = {"": _fault(error)}
                 return
             faults: dict[str, LorakitError] = dict(self._sources.faults)
-            self._hidden.intersection_update(current)
+            self._hidden.intersection_update((*current, *faults))
             for name, version in current.items():
                 if name in self._hidden:
                     continue
                 try:
                     self._load(version)
                     self._switch(name, version.id)
-                except LorakitError as error:
-                    faults[name] = error
-            gone = [name for name in self._current if name not in current and name not in faults]
+                except Exception as error:  # noqa: BLE001 - the other names are published
+                    faults[name] = _fault(error)
             self.faults = faults
-        for name in gone:
-            self.unload(name)
+            for name in [name for name in self._current if name not in current and name not in faults]:
+                self._remove(name)
 
     def _load(self, version: Version) -> Served:
         """Read and check a version here, then add it between two steps."""
@@ -233,6 +240,9 @@ class Service:
             known = self._loaded.get(version.id)
         if known is not None:
             return known
+        if version.name == self.base_name:
+            text = f"the adapter {version.name!r} has the name of the base, which requests would get; rename it."
+            raise UsageError(text, what=version.name, where=version.folder, field="adapters")
         lease = self._sources.lease(version)
         try:
             files = core.read_adapter(version.folder)
@@ -265,7 +275,8 @@ class Service:
     def _retire(self, served: Served) -> None:
         """Remove a version from the session now, or when its last request ends."""
         assert served.adapter is not None
-        if not self._uses[served.adapter]:
+        if not self._uses[served.adapter] and served.adapter in self._leases:
+            del self._uses[served.adapter]
             self._engine.forget(served.adapter)
             self.session.unload_adapter(served.adapter)
             lease = self._leases.pop(served.adapter)
@@ -401,3 +412,8 @@ class Service:
     def _poll(self) -> None:
         while not self.ended.wait(self.limits.poll_seconds):
             self.publish()
+
+
+def _fault(error: Exception) -> LorakitError:
+    """Return an error, or one about it if it is not lorakit's, such as that of a full memory."""
+    return error if isinstance(error, LorakitError) else RunError(f"{type(error).__name__}: {error}", what="publish")
