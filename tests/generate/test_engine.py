@@ -250,6 +250,17 @@ def test_owners_take_turns_and_so_do_their_adapters() -> None:
     assert order.index(adapter) <= 1  # before the other three of its owner
 
 
+def test_an_owner_with_two_prompts_does_not_wait_for_all_who_come_later() -> None:
+    engine = Engine(long_llama())
+    waiting = [engine.submit(Continuation((5, 6), 1, owner="two")) for _ in range(2)]
+    ended = []
+    for n in range(20):
+        engine.submit(Continuation((5, 6), 1, owner=f"one {n}"))
+        ended += [event.row for event in engine.step()]
+    assert waiting[1] in ended[:4]
+    assert len(ended) == 20
+
+
 def test_a_damaged_adapter_ends_its_own_rows_only() -> None:
     model = adapted(long_llama(), "plain", "damaged")
     with torch.no_grad():

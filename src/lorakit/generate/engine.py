@@ -63,7 +63,8 @@ class Engine:
         self._passes = Passes(model, AdapterBank(by_row=True) if bank is None else bank, scope)
         self._prefixes = _Prefixes(self._passes.pool, self._most_chunks)
         self._waiting, self._reading, self._open = (list[Row]() for _ in range(3))
-        self._turns: dict[Any, int] = {}
+        self._turns: dict[Any, int] = {}  # owner, or owner and adapter -> number of its last turn
+        self._taken = 0  # number of turns
         self.submitted = 0
 
     def check(self, given: Continuation, which: str = "the prompt") -> None:
@@ -105,6 +106,8 @@ class Engine:
             if given.adapter is not None:
                 row.begin = len(given.prompt) - prompt_offset(self._model, ids[0], given.adapter)
         self._waiting.append(row)
+        for key in row.turns:  # before the last one, but not before those that wait longer: they would wait forever
+            self._turns.setdefault(key, self._taken - 1)
         self.submitted += 1
         return row.number
 
@@ -179,13 +182,15 @@ class Engine:
         elif row in self._waiting:
             row = min(self._reading, key=self._turn, default=None)
         if row is not None:
-            now = max(self._turns.values(), default=0) + 1
+            self._taken += 1
             here = {key for each in (*self._waiting, *self._reading) for key in each.turns}
-            self._turns = {key: at for key, at in self._turns.items() if key in here} | dict.fromkeys(row.turns, now)
+            self._turns = {key: at for key, at in self._turns.items() if key in here} | dict.fromkeys(
+                row.turns, self._taken
+            )
         return row
 
     def _turn(self, row: Row) -> tuple[int, ...]:
-        return *(self._turns.get(key, 0) for key in row.turns), row.number
+        return *(self._turns[key] for key in row.turns), row.number
 
     def _fits(self, row: Row) -> bool:
         here = [*self._reading, *self._open]
