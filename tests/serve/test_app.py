@@ -238,6 +238,7 @@ def test_models(client: Any, running: Running) -> None:
     ids = ["tiny", running.id("one"), running.id("two")]
     assert [model.id for model in client.models.list()] == ids
     assert client.models.retrieve("one").id == ids[1] and client.models.retrieve(ids[2]).root == "two"
+    assert client.models.retrieve("one").lorakit == {"has_chat_template": True, "r": 4, "base_name": "tiny"}
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("three")
 

@@ -119,7 +119,7 @@ class Routes:
         return JSONResponse(self._described(self._find(self._access.caller(request), model)))
 
     def _described(self, served: Served) -> JsonObject:
-        facts = {name: served.facts[name] for name in ("base_name", "training") if name in served.facts}
+        facts = {name: served.facts[name] for name in ("r", "base_name", "training") if name in served.facts}
         return {
             "id": served.id,
             "object": "model",

@@ -25,7 +25,7 @@ class Served:
         adapter: Name of the adapter in the session, or None for the base.
         tokenizer: The tokenizer with which the adapter was trained.
         created: When it was loaded, in seconds since 1970.
-        facts: Contents of `lorakit.json`.
+        facts: Contents of `lorakit.json`, and the adapter's rank (`r`).
         text_ends: Tokens that end a text.
         chat_ends: Tokens that end an answer in a chat.
     """
@@ -50,7 +50,7 @@ class Served:
     ) -> Served:
         """Collect what requests need: of an adapter with a name in the session and its files, or of the base."""
         text, chat = (frozenset(end_ids(session.model, tokenizer, form)) for form in ("text", "chat"))
-        facts = {} if files is None else files.sidecar.facts
+        facts = {} if files is None else {"r": files.config.r, **files.sidecar.facts}
         name = id if adapter is None else id.partition("@")[0]
         return cls(id, name, adapter, tokenizer, int(time.time()), facts, text, chat)
 

@@ -147,9 +147,9 @@ async function send(text) {
   const results = await Promise.all([...columns.values()].map((one) => answer(one, text, given, turn)));
   running = null;
   toggle();
-  const failed = results.filter((ok) => !ok).length;
-  say(failed ? `${failed} of ${results.length} answers are not complete.` : `Complete; seed ${given.seed}.`);
-  if (failed === results.length && !at("prompt").value) at("prompt").value = text;
+  const cut = results.filter((made) => !made.isComplete).length;
+  say(cut ? `${cut} of ${results.length} answers are not complete.` : `Complete; seed ${given.seed}.`);
+  if (!at("prompt").value && !results.some((made) => made.text)) at("prompt").value = text;
 }
 
 async function answer(one, text, given, turn) {
@@ -168,21 +168,20 @@ async function answer(one, text, given, turn) {
   if (one === columns.values().next().value) element.scrollIntoView({ block: "nearest" });
   const system = at("system").value.trim();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...one.messages, { role: "user", content: text }];
-  const made = { text: "", tokens: 0, reason: "" };
+  const made = { text: "", tokens: 0, reason: "", isComplete: false };
   try {
     const reply = await ask("v1/chat/completions", { model: one.id, messages, ...given }, running.signal);
     for await (const event of events(reply)) extend(body, event.choices[0], made);
     note.textContent = `${made.tokens} tokens, ended by ${made.reason || "the server"}, seed ${given.seed}`;
-    return true;
+    made.isComplete = true;
   } catch (error) {
     if (error.name === "AbortError") note.textContent = `stopped after ${made.tokens} tokens, seed ${given.seed}`;
     else element.append(make("p", "error", problem(error)));
-    return false;
-  } finally {
-    body.removeAttribute("aria-busy");
-    if (made.text) one.messages.push({ role: "user", content: text }, { role: "assistant", content: made.text });
-    plan();
   }
+  body.removeAttribute("aria-busy");
+  if (made.text) one.messages.push({ role: "user", content: text }, { role: "assistant", content: made.text });
+  plan();
+  return made;
 }
 
 function extend(body, choice, made) {
@@ -295,7 +294,7 @@ function show(token) {
   if (!token) return;
   token.classList.add("current");
   const table = make("table");
-  const percent = (value) => `${(100 * Math.exp(value)).toFixed(1)}%`;
+  const percent = (value) => (Math.exp(value) < 0.001 ? "<0.1%" : `${(100 * Math.exp(value)).toFixed(1)}%`);
   const row = (one, kind) => table.append(make("tr", kind, "", make("td", "", JSON.stringify(one.token)), make("td", "", percent(one.logprob))));
   for (const one of details.get(token)) {
     row(one, "chosen");
