@@ -250,6 +250,19 @@ def test_owners_take_turns_and_so_do_their_adapters() -> None:
     assert order.index(adapter) <= 1  # before the other three of its owner
 
 
+def test_prompts_are_not_shared_with_an_adapter_that_changes_tokens_before_its_invocation() -> None:
+    model = long_llama()
+    fields = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
+    core.attach(model, core_config(r=2, trainable_token_indices=[LONG[3], LONG[40]], **fields), "tokens")
+    randomise(model, "tokens", 1)
+    rows = [Continuation((*LONG[: 2 * CHUNK], 7, 8, 9), 4, adapter=name) for name in ("tokens", None)]
+    alone = [tokens(run(Engine(model), [row])[0]) for row in rows]
+    assert alone[0] != alone[1]
+    for order in ((0, 1), (1, 0)):
+        found = run(Engine(model, prefix_tokens=1024), [rows[k] for k in order], per_step=1)
+        assert [tokens(found[n]) for n in range(2)] == [alone[k] for k in order]
+
+
 def test_an_owner_with_two_prompts_does_not_wait_for_all_who_come_later() -> None:
     engine = Engine(long_llama())
     waiting = [engine.submit(Continuation((5, 6), 1, owner="two")) for _ in range(2)]

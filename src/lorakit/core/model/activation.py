@@ -264,10 +264,13 @@ def continued(model: nn.Module, prompts: Sequence[Override]) -> Override:
 def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
     """Return for how many tokens, counted from the end of a prompt (length,), an adapter is active.
 
-    An aLoRA adapter is active from its invocation tokens onward, and any other adapter for the whole prompt.
+    An aLoRA adapter is active from its invocation tokens onward, and any other adapter for the whole prompt, as is one
+    with saved modules, token rows or biases.
     """
     state = find_state(model)
-    if state is None or adapter not in state.waiting:
+    config = None if state is None else state.configs.get(adapter)
+    saves = config is not None and (config.modules_to_save or config.trainable_token_indices or config.bias != "none")
+    if state is None or adapter not in state.waiting or saves:
         return input_ids.shape[0]
     return int(prompt_offsets(state, input_ids[None], names=(adapter,)).back)
 
