@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit import LoraConfig, core
-from lorakit.generate import generate_batch, read_prefix
+from lorakit.generate import generate_batch
 
 INVOCATION, ANSWER = [40, 41], 7
 CONFIG = LoraConfig(
@@ -38,22 +38,22 @@ def train(model: LlamaForCausalLM, steps: int = 60) -> None:
 
 def main() -> None:
     """Train, compare with the base position by position, and let base and adapter share a cache."""
-    model = base()
-    core.attach(model, CONFIG, "judge")
+    core.attach(model := base(), CONFIG, "judge")
     train(model)
     model.eval()
-    prompt = torch.randint(0, 40, (1, 12))
-    invoked = torch.cat([prompt, torch.tensor([INVOCATION])], 1)
+    invoked = torch.cat([torch.randint(0, 40, (1, 12)), torch.tensor([INVOCATION])], 1)
     with torch.no_grad():
         adapted: Tensor = model(input_ids=invoked).logits
         with core.disable(model):
             plain: Tensor = model(input_ids=invoked).logits
     changed = (adapted - plain).abs().amax(-1)[0] > 0
     print(f"positions that the adapter changes: {[int(i) for i in changed.nonzero()]} of {invoked.shape[1]}")
-    prefix = read_prefix(model, prompt[0].tolist())  # processed once, by the base
-    rows = [invoked[0].tolist()] * 2
-    answers = generate_batch(model, rows, max_new_tokens=1, adapters=["judge", None], prefix=prefix)
-    print("from a shared cache:", {"judge" if new.row == 0 else "base": new.token for new in answers})
+    long = torch.cat([torch.randint(0, 40, (1, 140)), torch.tensor([INVOCATION])], 1)[0].tolist()
+    read: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, output: read.append(args[0].numel()))
+    tokens = generate_batch(model, [long, long], max_new_tokens=1, adapters=["judge", None])
+    print("from a shared cache:", {("judge", "base")[new.row]: new.token for new in tokens})
+    print(f"tokens read: {read}")  # the base reads the first chunk once for both
 
 
 if __name__ == "__main__":

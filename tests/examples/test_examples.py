@@ -45,6 +45,7 @@ def test_activated_lora(capsys: pytest.CaptureFixture[str]) -> None:
     load("examples/activated_lora.py").main()
     told = capsys.readouterr().out
     assert "positions that the adapter changes: [12, 13] of 14" in told
+    assert "tokens read: [128, 14, 14]" in told
     assert "'judge': 7" in told
     assert "'base': 7" not in told
 
