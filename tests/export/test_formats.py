@@ -16,7 +16,8 @@ from lorakit.errors import AdapterError, UsageError
 from lorakit.export.conditions import VLLM_RANKS
 from lorakit.export.formats import FORMATS, export
 from lorakit.export.peft_folder import serving_commands
-from lorakit.export.request import Exported, ExportRequest, name_of
+from lorakit.export.request import Exported, ExportRequest
+from lorakit.registry import name_of
 
 
 def saved(folder: Path, seed: int = 0, **settings: object) -> Path:

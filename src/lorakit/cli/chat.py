@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.choices import DTYPES
 from lorakit.cli import adapters, console, early
-from lorakit.cli.flag_groups import RevisionFlag
+from lorakit.cli.flag_groups import DeviceFlag, DtypeFlag, RevisionFlag
 from lorakit.cli.prompts import show
 from lorakit.errors import LorakitError, UsageError
 from lorakit.terminal import working, write_model_text
@@ -44,10 +44,8 @@ class Flags:
         float, Parameter(help="Sample from the smallest set of tokens that reaches this total probability.")
     ] = 0.95
     seed: Annotated[int, Parameter(help="Sampling seed of the first answer; each further answer has the next one.")] = 0
-    dtype: Annotated[
-        str, Parameter(help="Precision of the base: auto (as in its files), bfloat16, float16 or float32.")
-    ] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
 
 
 NO_FLAGS = Flags()

@@ -82,8 +82,8 @@ def run(
     ((given, folder),) = adapter_folders([adapter]).items()
     from lorakit.core import common_form
     from lorakit.export.formats import FORMATS, export
-    from lorakit.export.request import ExportRequest, name_of
-    from lorakit.registry import check_name
+    from lorakit.export.request import ExportRequest
+    from lorakit.registry import check_name, name_of
     from lorakit.session.spec import recorded_base, resolve_base
 
     name = f"{format} --merged" if flags.merged else format

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 RevisionFlag = Annotated[str | None, Parameter(help=DEFAULTS["revision"].help())]
 """Flag for the revision of a base on the Hub."""
 
+DtypeFlag = Annotated[
+    str, Parameter(help="Precision of the base: auto (as in its files), bfloat16, float16 or float32.")
+]
+"""Flag for the dtype in which a base generates."""
+
+DeviceFlag = Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")]
+"""Flag for where a base runs."""
+
 TagSchemeFlag = Annotated[str, Parameter(help=DEFAULTS["tag_scheme"].help())]
 """Flag for the scheme of tags."""
 
@@ -96,7 +104,7 @@ class BaseFlags:
 
     revision: RevisionFlag = None
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16, float16 or float32.")] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    device: DeviceFlag = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
     allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter trained on another base.")] = (

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.choices import BASE_MATMULS, DTYPES, MATMUL_IN_DTYPE, MATMUL_IN_INT8, SAMPLING_RULES
 from lorakit.cli import adapters, console, early
-from lorakit.cli.flag_groups import RevisionFlag
+from lorakit.cli.flag_groups import DeviceFlag, DtypeFlag, RevisionFlag
 from lorakit.cli.prompts import first_line, read_chats, read_prompts, read_tools, show, summary
 from lorakit.errors import MergeError, UsageError
 from lorakit.plan.quantized import stored_as
@@ -95,10 +95,8 @@ class Flags:
             show_default=False,
         ),
     ] = None
-    dtype: Annotated[
-        str, Parameter(help="Precision of the base: auto (as in its files), bfloat16, float16 or float32.")
-    ] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
     base_matmul: Annotated[

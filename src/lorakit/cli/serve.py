@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.choices import DTYPES
 from lorakit.cli import console, early
-from lorakit.cli.flag_groups import RevisionFlag
+from lorakit.cli.flag_groups import DeviceFlag, DtypeFlag, RevisionFlag
 from lorakit.errors import UsageError, require_packages
 from lorakit.plan.quantized import stored_as
 from lorakit.train.settings.defaults import DEFAULTS
@@ -36,10 +36,8 @@ class Flags:
     request_timeout: Annotated[float, Parameter(help="Longest time for a reply in seconds.")] = 600.0
     rows: Annotated[int, Parameter(help="Maximum number of answers that are generated at the same time.")] = 32
     waiting: Annotated[int, Parameter(help="Maximum number of answers that wait; others get HTTP status 429.")] = 256
-    dtype: Annotated[
-        str, Parameter(help="Precision of the base: auto (as in its files), bfloat16, float16 or float32.")
-    ] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,16 +67,6 @@ class Exported:
     name: str
     base: str
     notes: tuple[str, ...] = ()
-
-
-def name_of(folder: Path) -> str:
-    """Return a name for an adapter: that of its directory, or of the run directory that contains it.
-
-    It is "adapter" if that name has no character that all runtimes accept.
-    """
-    folder = folder.resolve()
-    name = folder.parent.name if folder.name == "adapter" else folder.name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:64] or "adapter"
 
 
 def versioned(name: str, folder: Path) -> str:

@@ -76,6 +76,9 @@ class Engine:
             ConfigError: `max_new_tokens` is below 1, or the sampling has token ids outside the vocabulary.
             RouteError: The adapter is not on the model.
         """
+        self._checked(given, which)
+
+    def _checked(self, given: Continuation, which: str = "the prompt") -> Row:
         if given.max_new_tokens < 1:
             raise ConfigError.of("max_new_tokens", given.max_new_tokens, "at least 1")
         weight = embedding_weight(self._model)
@@ -84,13 +87,16 @@ class Engine:
         given.sampling.check_vocabulary(vocabulary)
         if given.adapter is not None:
             route(self._model, [given.adapter])
-        needed = self._row(given).blocks
-        if self._most_blocks is not None and needed > self._most_blocks:
+        left = given.max_new_tokens if self._context is None else self._context - len(given.prompt)
+        sampler = Sampler(given.sampling, given.prompt, given.eos_ids, given.constraint)
+        row = Row(self.submitted, given, min(given.max_new_tokens, left), sampler)
+        if self._most_blocks is not None and row.blocks > self._most_blocks:
             text = (
-                f"{which} and its new tokens need memory for {needed * BLOCK:,} tokens, but there is memory for "
+                f"{which} and its new tokens need memory for {row.blocks * BLOCK:,} tokens, but there is memory for "
                 f"{self._most_blocks * BLOCK:,}. Ask for fewer new tokens."
             )
-            raise UsageError(text, what=needed * BLOCK, field="max_new_tokens", where=which)
+            raise UsageError(text, what=row.blocks * BLOCK, field="max_new_tokens", where=which)
+        return row
 
     def submit(self, given: Continuation) -> int:
         """Add a row, which waits for its turn, and return its number.
@@ -98,8 +104,7 @@ class Engine:
         Raises:
             LorakitError: See `check`.
         """
-        self.check(given)
-        row = self._row(given)
+        row = self._checked(given)
         if waits_for_tokens(self._model):
             ids = torch.tensor([given.prompt], device=self._passes.device)
             row.starts = invoked(self._model, ids)
@@ -110,11 +115,6 @@ class Engine:
             self._turns.setdefault(key, self._taken - 1)
         self.submitted += 1
         return row.number
-
-    def _row(self, given: Continuation) -> Row:
-        left = given.max_new_tokens if self._context is None else self._context - len(given.prompt)
-        sampler = Sampler(given.sampling, given.prompt, given.eos_ids, given.constraint)
-        return Row(self.submitted, given, min(given.max_new_tokens, left), sampler)
 
     def cancel(self, number: int) -> None:
         """End a row, if it has not ended, and free its memory."""

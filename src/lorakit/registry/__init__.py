@@ -2,7 +2,7 @@
 
 from lorakit.registry.contents import content_hash, files_hash
 from lorakit.registry.leases import Lease, Version
-from lorakit.registry.names import Event, NameEntry, check_name, version_id
+from lorakit.registry.names import Event, NameEntry, check_name, name_of, version_id
 from lorakit.registry.registry import Change, Collected, Listing, Problem, Registry, is_registry
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "content_hash",
     "files_hash",
     "is_registry",
+    "name_of",
     "version_id",
 ]

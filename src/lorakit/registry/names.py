@@ -35,6 +35,16 @@ def check_name(name: str, field: str = "name") -> str:
     return name
 
 
+def name_of(folder: Path) -> str:
+    """Return a name for an adapter: that of its directory, or of the run directory that contains it.
+
+    It is "adapter" if that name has no character that all runtimes accept.
+    """
+    folder = folder.resolve()
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:64] or "adapter"
+
+
 def check_tag(tag: str) -> str:
     """Return a tag if it is valid and does not look like a hash, else raise a UsageError."""
     if _HASH_START.fullmatch(tag):

@@ -24,7 +24,7 @@ from lorakit.serve.keys import ANYONE, Key, find_key
 from lorakit.serve.page import page_routes
 from lorakit.serve.requests import AdapterRequest, ChatRequest, CompletionRequest, GenerationRequest, parse
 from lorakit.serve.served import Served
-from lorakit.serve.service import Service
+from lorakit.serve.service import Service, unknown_model
 from lorakit.serve.traces import Metrics, Trace, log_error
 
 MOST_BODY_BYTES = 4 << 20
@@ -135,8 +135,7 @@ class Routes:
         """Return a model that the caller can use; others do not exist for it."""
         found = self._service.find(model)
         if not key.allows(found):
-            text = f"The model {model!r} does not exist; GET /v1/models lists those that do."
-            raise UnknownModelError(text, what=model, field="model")
+            raise unknown_model(model)
         return found
 
     async def completions(self, request: Request) -> Response:

@@ -57,6 +57,12 @@ class Limits:
     failures: int = 2
 
 
+def unknown_model(model: str) -> UnknownModelError:
+    """Return the error for a model that does not exist, or not for the caller."""
+    text = f"The model {model!r} does not exist; GET /v1/models lists those that do."
+    return UnknownModelError(text, what=model, field="model")
+
+
 class Service:
     """Serve the base and the adapters of a session, which nothing else uses until the service is closed.
 
@@ -167,8 +173,7 @@ class Service:
         with self._lock:
             found = self._loaded.get(self._current.get(given, given))
         if found is None:
-            text = f"The model {model!r} does not exist; GET /v1/models lists those that do."
-            raise UnknownModelError(text, what=model, field="model")
+            raise unknown_model(model)
         return found
 
     def load(self, given: str) -> Served:
@@ -268,9 +273,8 @@ class Service:
         with self._lock:
             before = self._current.get(name)
             self._current[name] = id
-            retired = self._loaded.pop(before, None) if before not in (None, id) else None
-        if retired is not None:
-            self._do(lambda: self._retire(retired)).result()
+        if before not in (None, id):
+            self._remove(before)
 
     def _retire(self, served: Served) -> None:
         """Remove a version from the session now, or when its last request ends."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.errors import AdapterError, LorakitError, UsageError
-from lorakit.hub_cache import CONFIG_FILE
-from lorakit.registry import Lease, NameEntry, Registry, Version, check_name, content_hash, is_registry
-
-ADAPTER_FOLDER = "adapter"
-"""Name of the directory with the adapter in a run directory."""
+from lorakit.hub_cache import CONFIG_FILE, adapter_directory
+from lorakit.registry import Lease, NameEntry, Registry, Version, check_name, content_hash, is_registry, name_of
 
 
 @dataclass
@@ -107,15 +103,9 @@ def _adapters_in(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         return {}
     folders = [path] if _adapter_of(path) else sorted(one for one in path.iterdir() if one.is_dir())
-    return {_name(one): adapter for one in folders if (adapter := _adapter_of(one)) is not None}
+    return {name_of(adapter): adapter for one in folders if (adapter := _adapter_of(one)) is not None}
 
 
 def _adapter_of(path: Path) -> Path | None:
-    candidates = (path, path / ADAPTER_FOLDER)
-    return next((one for one in candidates if (one / CONFIG_FILE).is_file()), None)
-
-
-def _name(folder: Path) -> str:
-    """Return the name of a directory; in place of a run's `adapter`, the run's."""
-    folder = folder.resolve()
-    return re.sub(r"[^A-Za-z0-9._-]", "-", (folder.parent if folder.name == ADAPTER_FOLDER else folder).name)
+    folder = adapter_directory(path)
+    return folder if (folder / CONFIG_FILE).is_file() else None

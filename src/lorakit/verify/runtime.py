@@ -10,7 +10,8 @@ from typing import Protocol
 from lorakit.choices import GgufType
 from lorakit.core import common_form
 from lorakit.export.formats import export
-from lorakit.export.request import ExportRequest, name_of
+from lorakit.export.request import ExportRequest
+from lorakit.registry import name_of
 from lorakit.session import SessionSpec
 from lorakit.verify.prompts import Prompt
 

@@ -77,7 +77,7 @@ class _Server:
 
     def _find(self, names: Sequence[str], request: RuntimeRequest) -> str:
         """Return the served name of the adapter: the given one, or the one that is named like its directory or run."""
-        from lorakit.export.request import name_of
+        from lorakit.registry import name_of
 
         wanted = request.served_model or name_of(request.folder)
         found = [name for name in names if name == wanted] or [
