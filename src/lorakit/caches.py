@@ -84,7 +84,7 @@ _START = (
     *("environment", "machine", "code"),
 )
 
-TOKENS = Cache("tokens", 3, ("records", "notes", "reading", "encoding", "tokenizer", "template", "code"))
+TOKENS = Cache("tokens", 4, ("records", "notes", "reading", "encoding", "tokenizer", "template", "code"))
 """Encoded rows; see `lorakit.data.token_cache`."""
 
 EVALUATIONS = Cache("scores", 4, (*_START, "accelerated", "int8_scales", "packed"))

@@ -49,7 +49,8 @@ def test_side_by_side(
     assert "data: 1 document" in captured.err and "precision: float32, as requested." in captured.err
     lines = captured.out.splitlines()
     assert lines[0].split() == ["loss", "perplexity", "tokens"]
-    assert [line.split()[0] for line in lines[2:]] == ["base", *map(str, folders)]
+    assert [line.split()[0] for line in lines[2:5]] == ["base", *map(str, folders)]
+    assert [line.partition(" against base: no verdict")[0] for line in lines[6:]] == [*map(str, folders)]
     assert cli.main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
 
@@ -121,3 +122,69 @@ def test_what_is_refused(
     said = refused("--data", str(text), "--adapter", str(other))
     assert "a different base" in said and "pass --allow-base-mismatch." in said
     assert cli.main([*words, "--data", str(text), "--adapter", str(other), "--allow-base-mismatch"]) == 0
+
+
+def _answers(path: Path, order: list[int]) -> Path:
+    rows = [
+        {"prompt": f"{n} plus {n % 7} is", "completion": f" {n + n % 7}." * (1 + n % 3), "who": n % 24} for n in order
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_verdicts_against_the_base_and_another_adapter(
+    tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The order and the batches of the rows do not matter; equal adapters do not differ; groups count as one."""
+    first, second = (str(_adapter(tiny_llama, tmp_path / name, 1)) for name in ("first", "second"))
+    data, shuffled = _answers(tmp_path / "a.jsonl", [*range(48)]), _answers(tmp_path / "b.jsonl", [*range(47, -1, -1)])
+    words = ["eval", "--model", str(tiny_model_directory), "--dtype", "float32", "--device", "cpu", "--adapter", first]
+
+    def results(path: Path, *more: str) -> dict[str, Any]:
+        assert cli.main([*words, "--data", str(path), *more, "--json"]) == 0
+        return {row["name"]: row for row in json.loads(capsys.readouterr().out)["results"]}
+
+    whole = results(data)
+    assert "differences" not in whole["base"] and whole[first]["compared_with"] == "base"
+    found = whole[first]["differences"]["loss"]
+    assert found["difference"] == pytest.approx(whole[first]["loss"] - whole["base"]["loss"])
+    assert found["documents"] == 48 and found["interval"][0] < found["difference"] < found["interval"][1]
+    again = results(shuffled, "--batch-size", "1")[first]["differences"]["loss"]
+    assert again.pop("verdict") == found.pop("verdict")
+    assert again.pop("interval") == pytest.approx(found.pop("interval"), abs=1e-5)
+    assert again == pytest.approx(found, abs=1e-5)
+    assert results(data, "--group", "who")[first]["differences"]["loss"]["documents"] == 24
+    same = results(data, "--compare", second)
+    assert list(same) == ["base", second, first] and same[first]["compared_with"] == second
+    assert same[first]["differences"]["loss"]["verdict"] == "undecided"
+    assert "differences" not in same[second]
+    assert cli.main([*words, "--data", str(data)]) == 0
+    assert f"{first} against base: " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_one_text_is_compared_by_its_parts(
+    tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = str(_adapter(tiny_llama, tmp_path / "adapter", 1))
+    words = [
+        "eval",
+        "--model",
+        str(tiny_model_directory),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--adapter",
+        adapter,
+    ]
+    assert cli.main([*words, "--data", str(text), "--max-length", "16"]) == 0
+    assert "parts" in capsys.readouterr().out.splitlines()[-1]
+    assert cli.main([*words, "--data", str(text)]) == 0
+    assert "no verdict (loss " in capsys.readouterr().out
+
+
+def test_an_adapter_to_compare_with_needs_an_adapter(
+    tiny_model_directory: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", "--model", str(tiny_model_directory), "--data", str(text), "--compare", "base"]) == 2
+    assert "--compare needs --adapter" in capsys.readouterr().err

@@ -53,6 +53,7 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
     second = cached(cache, read_records(rows), tiny_tokenizer, 12, overlong=overlong)
     for found in (first, second):
         assert found.report == plain.report and found.sources == plain.sources
+        assert list(found.record_of) == list(plain.record_of)
         assert list(found.sequences) == list(plain.sequences) and lengths(found.sequences) == lengths(plain.sequences)
         assert found.sequences.tokens == plain.report.tokens
         assert found.sequences.trained_tokens == plain.report.trained_tokens

@@ -75,6 +75,7 @@ def test_the_second_result_is_the_same_and_does_not_tokenize(
     for found in (first, second):
         assert list(found.sequences) == list(plain.sequences)
         assert found.report == plain.report and found.sources == plain.sources
+        assert list(found.record_of) == list(plain.record_of)
     assert [count for _, count in second.sources] == [5, len(rows) - 5]
     one = [task.encode_one(record, tiny_tokenizer, target, options)[0] for record in read_records(names)]
     assert one == list(plain.sequences)

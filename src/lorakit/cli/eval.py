@@ -1,4 +1,4 @@
-"""`lorakit eval`: measure the loss and perplexity of a model on data, with and without adapters."""
+"""`lorakit eval`: measure a model on data, with and without adapters, and say whether an adapter is better."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from cyclopts import Parameter
 from lorakit import allocator
 from lorakit.cli import adapters, console, early
 from lorakit.cli.flag_groups import BASE, LABELS, ROWS, BaseFlags, LabelFlags, RowFlags
+from lorakit.errors import UsageError
 from lorakit.terminal import working
 from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.session import Evaluation
+    from lorakit.session import Evaluation, Measured
+
+ALONE = "base"
+"""Value of --compare for the model without adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,14 @@ class Flags:
 
     model: adapters.ModelFlag = None
     data: Annotated[list[str], Parameter(help=DEFAULTS["data"].help().replace("Training data", "Data"))]
-    adapter: Annotated[list[str] | None, Parameter(help=f"{adapters.NAMES} to compare with the base.")] = None
+    adapter: Annotated[list[str] | None, Parameter(help=f"{adapters.NAMES} to measure.")] = None
+    compare: Annotated[
+        str | None,
+        Parameter(help=f"Compare the adapters with base, or with one of the {adapters.NAMES.lower()}."),
+    ] = None
+    group: Annotated[
+        str | None, Parameter(help="Count rows with equal values of this column as one document of the interval.")
+    ] = None
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
     max_length: adapters.LengthFlag = None
@@ -42,8 +53,12 @@ def run(
 ) -> None:
     """Measure the loss of the base and of each adapter, and the perplexity or the metrics of the task.
 
-    The task is that of the adapters; without adapters, the data and the model determine it. --verbose adds data
-    statistics and the reason for the chosen precision.
+    The task is that of the adapters; without adapters, the data and the model determine it. Each adapter is compared
+    with the base, or with --compare: the difference, its 95% interval over the documents, and a verdict. --verbose adds
+    data statistics and the reason for the chosen precision.
+
+    Raises:
+        UsageError: --compare is given without --adapter.
     """
     flags.base.check()
     early.check_at_least("batch_size", flags.batch_size, 1)
@@ -52,7 +67,12 @@ def run(
     flags.reading.check()
     flags.labels.check()
     model = early.check_base(flags.model, flags.base.revision, flags.adapter)
+    if flags.compare is not None and not flags.adapter:
+        raise UsageError(
+            "--compare needs --adapter: the adapter that is compared.", what=flags.compare, field="compare"
+        )
     folders = early.adapter_folders(flags.adapter or ())
+    reference, folders = _reference(flags.compare, folders)
     allocator.set_up()  # before torch allocates any memory
     files = adapters.read_adapters([*folders.values()])
     from lorakit.data import read_records
@@ -64,23 +84,47 @@ def run(
     spec = session_spec(model, named, flags.base.options(model), CAUSAL_LM.name, console.note)  # the data decides
     allowed = spec.task.task.formats if named else ()
     with adapters.naming_flags(BaseFlags), working("evaluating"):
-        records = read_records(flags.data, flags.reading.request(allowed).with_usual(spec.rows))
+        records = read_records(flags.data, flags.reading.request(allowed, flags.group).with_usual(spec.rows))
         for one in files:
             seen = seen_note(one.folder, one.sidecar.facts, records)
             if seen is not None:
                 console.note(seen)
         rows = EvalRows(records, flags.labels.options(), spec.max_length(flags.max_length), flags.batch_size)
-        evaluations = compare(spec, rows, console.note, console.note if verbose else console.quiet)
+        measured = compare(spec, rows, reference, console.note, console.note if verbose else console.quiet)
     if json:
-        results = [{"name": name, **_values(one)} for name, one in evaluations]
+        results = [{"name": one.name, **_values(one)} for one in measured]
         console.emit_json({"model": spec.source.given, "data": flags.data, "results": results})
         return
-    console.say(_table(evaluations))
+    console.say(
+        "\n\n".join(filter(None, [_table([(one.name, one.evaluation) for one in measured]), _verdicts(measured)]))
+    )
 
 
-def _values(one: Evaluation) -> dict[str, Any]:
+def _reference(name: str | None, folders: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the name of what adapters are compared with, and the directories of all adapters to measure."""
+    if name is None or name == ALONE:
+        return ALONE, folders
+    others = early.adapter_folders([name])
+    known = {folder: given for given, folder in folders.items()}
+    other, folder = next(iter(others.items()))
+    return (known[folder], folders) if folder in known else (other, {**others, **folders})
+
+
+def _values(measured: Measured) -> dict[str, Any]:
+    one = measured.evaluation
     undefined = {"undefined": one.undefined} if one.undefined else {}
-    return {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity}), **undefined}
+    values = {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity}), **undefined}
+    compared = {name: difference.as_dict() for name, difference in measured.differences.items()}
+    return {**values, **({"compared_with": measured.reference, "differences": compared} if compared else {})}
+
+
+def _verdicts(measured: Sequence[Measured]) -> str:
+    lines = [
+        f"{one.name} against {one.reference}: {difference.sentence(name, one.unit)}"
+        for one in measured
+        for name, difference in one.differences.items()
+    ]
+    return "\n".join(lines)
 
 
 def _table(named: Sequence[tuple[str, Evaluation]]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lorakit.choices import Overlong
 from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, encode_record, lengths
-from lorakit.data.loader import Batch, BatchLoader, Loader, by_length, padding_id
+from lorakit.data.loader import Batch, BatchLoader, Loader, by_length, order_by_length, padding_id
 from lorakit.data.reading import python_reference, read_records, read_split, streamable_bytes, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Labeled, Message, Record, Records, Tagged
 from lorakit.data.report import DataReport, Report
@@ -54,6 +54,7 @@ __all__ = [
     "encode_record",
     "few_rows",
     "lengths",
+    "order_by_length",
     "padding_id",
     "python_reference",
     "read_records",

@@ -140,11 +140,13 @@ _TOKENS_AT_ONCE = 1 << 14
 class Encoded:
     """The encoded rows in the order of the records, with counts, and (source, sequences) pairs of adjacent records.
 
-    `records` has the record of each sequence, if the task predicts rows and they do not come from the token cache.
+    `record_of` has the number of the record of each sequence (sequences,), and `records` that record, if the task
+    predicts rows and they do not come from the token cache.
     """
 
     sequences: Many[Sequence]
     report: Report
+    record_of: array[int] | memoryview[int]
     sources: tuple[tuple[str, int], ...] = ()
     records: list[Record] = field(default_factory=list)
 
@@ -192,8 +194,8 @@ def encode(
         report.notes += records.notes
         report.shape, report.columns = records.shape, dict(records.columns)
     work = _Work(tokenizer, report, watch or (lambda done: None), overlong)
-    keys, first, ends = bytearray(), None, list[tuple[str, int]]()
-    for record, size in sized(records):
+    keys, first, ends, record_of = bytearray(), None, list[tuple[str, int]](), array("q")
+    for number, (record, size) in enumerate(sized(records)):
         first = first or record
         report.documents += isinstance(record, Document)
         report.completions += isinstance(record, Completion)
@@ -208,6 +210,7 @@ def encode(
         else:
             work.add(record)
         work.done(size)
+        record_of.extend([number] * (len(work.sequences) - len(record_of)))
         if ends and ends[-1][0] == record.source:
             ends.pop()
         ends.append((record.source, len(work.sequences)))
@@ -222,7 +225,7 @@ def encode(
         raise DataError(_nothing_left(report, first), where=None if first is None else location(first))
     begins = [0, *(end for _, end in ends)]
     sources = tuple((source, end - begin) for (source, end), begin in zip(ends, begins, strict=False))
-    return Encoded(sequences, report, sources)
+    return Encoded(sequences, report, record_of, sources)
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, max_length: int, overlong: Overlong) -> Sequences:

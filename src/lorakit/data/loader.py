@@ -280,15 +280,21 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0, collate: Co
     """
     if rows < 1:
         raise ConfigError.of("rows", rows, "at least 1")
-    sizes, join = lengths(sequences), collate or padded
-    positions, batch = rows * max(sizes), list[Sequence]()
-    for seen, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+    join, order, batch = collate or padded, order_by_length(sequences), list[Sequence]()
+    positions = rows * len(sequences[order[-1]])
+    for seen, index in enumerate(order):
         row = sequences[index]
         if batch and (len(batch) + 1) * len(row) > positions:
             yield join(batch, pad_id, seen / len(sequences))
             batch = []
         batch.append(row)
     yield join(batch, pad_id, 1.0)
+
+
+def order_by_length(sequences: Many[Sequence]) -> list[int]:
+    """Return the positions of the sequences, shortest first."""
+    sizes = lengths(sequences)
+    return sorted(range(len(sizes)), key=sizes.__getitem__)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:

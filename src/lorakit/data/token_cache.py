@@ -32,7 +32,7 @@ LEAST_BYTES = 1 << 20
 MOST_BYTES = 20 << 30
 """Maximum total size of all entries in bytes."""
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _RECORDS = "manifest.json", "record_of"
 _MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -86,7 +86,7 @@ class TokenCache:
         if encoded is None:
             encoded = make()
             values = {"report": asdict(encoded.report), "sources": [list(pair) for pair in encoded.sources]}
-            self._write(entry, form.buffers(encoded.sequences), values)
+            self._write(entry, {**form.buffers(encoded.sequences), _RECORDS: memoryview(encoded.record_of)}, values)
         return encoded
 
     def _read(self, entry: Path, form: Form) -> Encoded | None:
@@ -97,7 +97,7 @@ class TokenCache:
         try:
             maps, values = _loaded(entry)
             sources = tuple((str(source), int(count)) for source, count in values["sources"])
-            return Encoded(form.sequences(maps), form.report(**values["report"]), sources)
+            return Encoded(form.sequences(maps), form.report(**values["report"]), maps[_RECORDS], sources)
         except (LorakitError, OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
             self._say(f"{entry}: the cached tokens are damaged ({_line(cause)}), so the data is tokenized again.")
             return None

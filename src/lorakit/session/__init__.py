@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorakit.session.coding import EvalRows, RowsToPredict, to_predict
-from lorakit.session.comparing import compare
+from lorakit.session.comparing import Measured, compare
 from lorakit.session.measuring import Evaluation
 from lorakit.session.opening import open_session
 from lorakit.session.prompts import Answer, Remark
@@ -14,6 +14,7 @@ __all__ = [
     "Answer",
     "EvalRows",
     "Evaluation",
+    "Measured",
     "Remark",
     "RowsToPredict",
     "Session",

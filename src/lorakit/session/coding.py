@@ -33,6 +33,7 @@ from lorakit.tasks import (
     TaskOnData,
     agree_on_padding,
     evaluation_batches,
+    evaluation_order,
     named_as,
     on_model,
     task_for,
@@ -77,6 +78,21 @@ class EvalRows:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """Rows as batches.
+
+    Attributes:
+        batches: Function that returns the batches.
+        report: The counts of the data.
+        record_of: Number of the record of each row of the batches, in their order.
+    """
+
+    batches: Batches
+    report: Report
+    record_of: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Coding:
     """How records become batches: the task, the maximum length, and the rows per batch of the longest sequences."""
 
@@ -85,29 +101,29 @@ class Coding:
     length: int
     rows: int
 
-    def all_batches(
+    def all_coded(
         self,
         tokenizer: Tokenizer,
         owned: Mapping[str, SavedTokenizer | None],
         say: Callable[[str], None],
         detail: Callable[[str], None],
-    ) -> tuple[Batches | None, dict[str, Batches]]:
-        """Return the batches of the base, or None if its tokenizer cannot render the data, and those of each adapter.
+    ) -> tuple[Coded | None, dict[str, Coded]]:
+        """Return the rows of the base, or None if its tokenizer cannot render the data, and those of each adapter.
 
         `owned` has the tokenizer of each adapter, or None; `say` gets messages, and `detail` the row and token counts.
 
         Raises:
             DataError: An adapter's tokenizer, or the base's if it is used, cannot render the data.
         """
-        by_tokenizer = {name: self.batches(own) for name, own in owned.items() if own is not None}
+        by_tokenizer = {name: self.coded(own) for name, own in owned.items() if own is not None}
         try:
-            base = self.batches(tokenizer)
+            base = self.coded(tokenizer)
         except DataError as cause:
             if not by_tokenizer or len(by_tokenizer) < len(owned):
                 raise
             base = None
             say(f"The base is not measured, because only the adapter's tokenizer renders the data. {cause}")
-        report = (base or next(iter(by_tokenizer.values())))[1]
+        report = (base or next(iter(by_tokenizer.values()))).report
         total, *losses = report.lines()
         detail(f"data: {total}")
         few = few_rows(report.sequences, self.task.target.kind == "class", "Measure more rows.")
@@ -116,15 +132,16 @@ class Coding:
         for name in by_tokenizer if base is not None else ():
             own = f"{name}: the adapter has its own tokenizer"
             say(f"{own}, so its loss is measured over different tokens than the base's.")
-        shared = {} if base is None else dict.fromkeys(owned, base)
-        return base and base[0], {name: batches for name, (batches, _) in {**shared, **by_tokenizer}.items()}
+        return base, {**({} if base is None else dict.fromkeys(owned, base)), **by_tokenizer}
 
-    def batches(self, tokenizer: Tokenizer) -> tuple[Batches, Report]:
-        """Return a function that returns the batches, and the counts of the data."""
+    def coded(self, tokenizer: Tokenizer) -> Coded:
+        """Encode the rows, and return them as batches."""
         encoded = self.task.task.encode(self.records, tokenizer, self.task.target, EncodeOptions(self.length))
         task, pad = self.task, padding_id(tokenizer)
         collate, sequences = task.objective.collate, encoded.sequences
-        return partial(evaluation_batches, task.task, collate, sequences, self.rows, pad), encoded.report
+        batches = partial(evaluation_batches, task.task, collate, sequences, self.rows, pad)
+        record_of = tuple(encoded.record_of[at] for at in evaluation_order(task.task, sequences))
+        return Coded(batches, encoded.report, record_of)
 
 
 SHORTEST_LENGTH = 16

@@ -31,6 +31,7 @@ class Evaluation:
         scores: Name of a metric of the task -> value, or the reason why the data does not define it.
         row_losses: Summed loss of each row (of each batch if the loss compares the rows of a batch); empty if unknown.
         row_counts: Number of targets of each of them.
+        meter: What the metrics are computed from, with each row's part in the same order; None if there are no metrics.
     """
 
     loss: float
@@ -38,6 +39,7 @@ class Evaluation:
     scores: Mapping[str, Score] = field(default_factory=dict)
     row_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
     row_counts: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    meter: Meter | None = field(default=None, compare=False, repr=False)
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -171,7 +173,7 @@ def combined(shares: Sequence[Share]) -> Evaluation | None:
     scores = {name: _finite(value) for name, value in (ordered[0].result() if ordered else {}).items()}
     losses = tuple(itertools.chain.from_iterable(part.row_losses for part in parts))
     counts = tuple(itertools.chain.from_iterable(part.row_counts for part in parts))
-    return Evaluation(total / tokens, tokens, scores, losses, counts)
+    return Evaluation(total / tokens, tokens, scores, losses, counts, ordered[0] if ordered else None)
 
 
 def _finite(value: Score) -> Score:

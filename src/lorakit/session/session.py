@@ -496,8 +496,7 @@ class Session:
         rows = EvalRows(records, max_length=spec.max_length(max_length), batch_rows=batch_rows)
         coding = rows.coding(spec, tokenizer)
         agree_on_padding(coding.task, self.spec.source, [tokenizer], self._loaded)
-        batches, _ = coding.batches(tokenizer)
-        return self.measure(batches(), name)
+        return self.measure(coding.coded(tokenizer).batches(), name)
 
     def predict(
         self,

@@ -25,6 +25,7 @@ from lorakit.tasks.task import (
     PredictContext,
     Task,
     evaluation_batches,
+    evaluation_order,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TaskOnData",
     "agree_on_padding",
     "evaluation_batches",
+    "evaluation_order",
     "load_model_for",
     "loss_sum",
     "named_as",

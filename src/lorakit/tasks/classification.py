@@ -90,12 +90,12 @@ def loss(logits: Tensor, batch: Batch, target: Target) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _guesses(batch: Batch, logits: Tensor, target: Target) -> tuple[Array, Array]:
-    return predictions(logits, target).cpu().numpy(), batch.labels.cpu().numpy()
+def _guesses(batch: Batch, logits: Tensor, target: Target) -> list[tuple[Array, Array]]:
+    return list(zip(predictions(logits, target).cpu().numpy(), batch.labels.cpu().numpy(), strict=True))
 
 
-def _row_metrics(batches: Sequence[tuple[Array, Array]], target: Target) -> Metrics:
-    guesses, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
+def _row_metrics(rows: Sequence[tuple[Array, Array]], target: Target) -> Metrics:
+    guesses, labels = (np.stack(part) for part in zip(*rows, strict=True))
     if target.kind == "score":
         return score_metrics(guesses, labels)
     return (classes_metrics if target.kind == "classes" else class_metrics)(guesses, labels, target.names)
@@ -136,8 +136,7 @@ def _tags(batch: Batch, logits: Tensor, target: Target) -> list[tuple[list[str],
     return rows
 
 
-def _word_metrics(batches: Sequence[list[tuple[list[str], list[str]]]], target: Target) -> Metrics:
-    rows = [row for batch in batches for row in batch]
+def _word_metrics(rows: Sequence[tuple[list[str], list[str]]], target: Target) -> Metrics:
     reader = SpanReader(target.names, target.scheme)
     return span_metrics([guesses for guesses, _ in rows], [tags for _, tags in rows], reader)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -273,23 +273,28 @@ def loss(embeddings: Tensor, batch: Batch, target: Target) -> Tensor:
     return kind(plain).compute_loss_from_embeddings(list(embeddings), labels) * len(batch.input_ids)
 
 
-def _embedded(batch: Batch, embeddings: Tensor) -> tuple[Tensor, list[float], list[tuple[int, ...]]]:
-    """Return the embeddings (2, rows, width) of a batch's first two texts, the scores, and the second texts' tokens."""
+_Pair: TypeAlias = tuple[Tensor, "float | None", tuple[int, ...]]
+"""The embeddings (2, width) of the first two texts of a row, its score if it has one, and its second text's tokens."""
+
+
+def _embedded(batch: Batch, embeddings: Tensor) -> list[_Pair]:
+    """Return what the metrics need of each row, given the embeddings (texts per row, rows, width) of a batch."""
     ids, mask = batch.extra["input_ids_1"], batch.extra["attention_mask_1"].bool()
     texts = [tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
-    return embeddings[:2].cpu(), batch.labels.tolist(), texts
+    pairs = [pair.clone() for pair in embeddings[:2].cpu().unbind(1)]  # a view would be sent with the whole batch
+    return list(zip(pairs, batch.labels.tolist() or [None] * len(texts), texts, strict=True))
 
 
-def _metrics(batches: list[tuple[Tensor, list[float], list[tuple[int, ...]]]], target: Target) -> Metrics:
+def _metrics(rows: Sequence[_Pair], target: Target) -> Metrics:
     """Return "spearman" of scores and cosine similarities, or "ndcg@10" of pairs.
 
     The latter ranks the second texts of all rows as results of a search for the first text of each row.
     """
-    first, second = functional.normalize(torch.cat([embeddings for embeddings, _, _ in batches], dim=1), dim=-1)
+    first, second = functional.normalize(torch.stack([pair for pair, _, _ in rows], dim=1), dim=-1)
     if target.kind == "score":
-        scores = [score for _, part, _ in batches for score in part]
+        scores = [score for _, score, _ in rows if score is not None]
         return {"spearman": score_metrics((first * second).sum(-1).numpy(), scores)["spearman"]}
-    texts = [text for _, _, part in batches for text in part]
+    texts = [text for _, _, text in rows]
     places = {text: place for place, text in reversed(list(enumerate(texts)))}  # of the first of equal texts
     if len(places) < 2:
         return {"ndcg@10": "a ranking needs at least 2 different second texts, but the evaluation data has 1"}

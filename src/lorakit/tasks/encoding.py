@@ -97,8 +97,8 @@ def _encoded(
     report = RowReport(options.max_length, unit=unit, overlong=options.overlong, notes=notes)
     report.shape, report.columns = records.shape, dict(records.columns)
     work = Work(tokenizer, target, options, report)
-    rows, kept, seen, done = list[Row](), list[Record](), set[bytes](), 0
-    for record, size in sized(records):
+    rows, kept, record_of, seen, done = list[Row](), list[Record](), array("q"), set[bytes](), 0
+    for number, (record, size) in enumerate(sized(records)):
         report.rows += 1
         key = content_key(record)
         seen.add(key)
@@ -111,6 +111,7 @@ def _encoded(
             if row is not None:
                 rows.append(row)
                 kept.append(record)
+                record_of.append(number)
         done += size
         if options.watch is not None:
             options.watch(done)
@@ -129,7 +130,8 @@ def _encoded(
             field="data",
         )
     groups = itertools.groupby(kept, key=lambda record: record.source)
-    return Encoded(rows, report, tuple((source, sum(1 for _ in group)) for source, group in groups), kept)
+    sources = tuple((source, sum(1 for _ in group)) for source, group in groups)
+    return Encoded(rows, report, record_of, sources, kept)
 
 
 def _targets(row: Row, unit: str) -> int:

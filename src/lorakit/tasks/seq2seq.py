@@ -76,18 +76,19 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1)[kept].float(), labels[kept], reduction="sum")
 
 
-def _right_tokens(batch: Batch, logits: Tensor) -> tuple[int, int]:
-    """Return how many target tokens the model predicts, given the tokens before them, and how many there are.
+def _right_tokens(batch: Batch, logits: Tensor) -> list[tuple[int, int]]:
+    """Return how many target tokens of each row the model predicts, given those before them, and how many there are.
 
     The logits have shape (rows, target length, vocabulary).
     """
     labels = batch.labels.to(logits.device)
     kept = labels != IGNORED
-    return int((logits.argmax(-1)[kept] == labels[kept]).sum()), int(kept.sum())
+    right = (logits.argmax(-1) == labels) & kept
+    return list(zip(right.sum(1).tolist(), kept.sum(1).tolist(), strict=True))
 
 
-def _token_accuracy(batches: list[tuple[int, int]]) -> Metrics:
-    right, total = (sum(part) for part in zip(*batches, strict=True))
+def _token_accuracy(rows: Sequence[tuple[int, int]]) -> Metrics:
+    right, total = (sum(part) for part in zip(*rows, strict=True))
     return {"token_accuracy": right / max(1, total)}
 
 

@@ -22,6 +22,7 @@ from lorakit.data import (
     TokenCache,
     Tokenizer,
     by_length,
+    order_by_length,
 )
 from lorakit.data.encoding import IGNORED, Sequence
 from lorakit.data.loader import Collate
@@ -72,25 +73,26 @@ class Meter:
 
     Attributes:
         read: Function of a batch and the model's output for it, shape (rows, ...) or (texts per row, rows, width), that
-            returns what the metrics need.
-        measure: Function that returns the metrics over what was read of all batches.
+            returns what the metrics need of each row.
+        measure: Function that returns the metrics over what was read of some rows.
+        rows: What was read of all rows so far.
     """
 
-    read: Callable[[Batch, Tensor], Any]
-    measure: Callable[[list[Any]], Metrics]
-    batches: list[Any] = field(default_factory=list)
+    read: Callable[[Batch, Tensor], Many[Any]]
+    measure: Callable[[Many[Any]], Metrics]
+    rows: list[Any] = field(default_factory=list)
 
     def add(self, batch: Batch, output: Tensor) -> None:
         """Add the output of the model for a batch, of any shape that `read` takes."""
-        self.batches.append(self.read(batch, output))
+        self.rows += self.read(batch, output)
 
     def merge(self, other: Meter) -> None:
         """Add everything that another meter of the same kind has collected."""
-        self.batches += other.batches
+        self.rows += other.rows
 
     def result(self) -> Metrics:
-        """Return the metrics over all batches."""
-        return self.measure(self.batches)
+        """Return the metrics over all rows."""
+        return self.measure(self.rows)
 
 
 LossSum: TypeAlias = Callable[[nn.Module, Batch, "str | torch.device", "Acceleration | None"], Tensor]
@@ -159,6 +161,11 @@ def evaluation_batches(
     if task.needs_batch:
         return Loader(sequences, rows, 0, shuffle=False, epochs=1, pad_id=pad_id, collate=collate)
     return by_length(sequences, rows, pad_id, collate)
+
+
+def evaluation_order(task: Task, sequences: Many[Sequence]) -> Many[int]:
+    """Return the positions of the sequences in the order in which `evaluation_batches` has them."""
+    return range(len(sequences)) if task.needs_batch else order_by_length(sequences)
 
 
 def inputs_on(batch: Batch, device: str | torch.device) -> dict[str, Tensor]:

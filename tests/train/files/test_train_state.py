@@ -1,4 +1,4 @@
-"""When a later step replaces the best one: the paired improvement of the loss and its standard error."""
+"""When a later step replaces the best one."""
 
 from __future__ import annotations
 
@@ -6,35 +6,7 @@ import dataclasses
 import random
 from typing import Any
 
-import numpy as np
-import pytest
-
-from lorakit.train.files.train_state import TrainState, improvement
-
-
-def test_the_standard_error_of_equal_rows_is_that_of_the_mean() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    for rows in range(2, 40):
-        before, now = rng.normal(2, 1, rows), rng.normal(1.9, 1, rows)
-        found = improvement(before.tolist(), now.tolist(), [1] * rows)
-        assert found.mean == pytest.approx((before - now).mean())
-        assert found.error == pytest.approx(stats.sem(before - now))
-        assert found.mean / found.error == pytest.approx(stats.ttest_rel(before, now).statistic)
-
-
-def test_the_standard_error_is_that_of_a_ratio() -> None:
-    """The delta method: the variance of Σd/Σn is (s_dd − 2·R·s_dn + R²·s_nn)/(rows·mean(n)²)."""
-    rng = np.random.default_rng(1)
-    for rows in range(2, 40):
-        counts = rng.integers(1, 50, rows)
-        before, now = counts * rng.normal(2, 0.5, rows), counts * rng.normal(1.9, 0.5, rows)
-        found = improvement(before.tolist(), now.tolist(), counts.tolist())
-        ratio = (before - now).sum() / counts.sum()
-        (s_dd, s_dn), (_, s_nn) = np.cov(before - now, counts)
-        variance = (s_dd - 2 * ratio * s_dn + ratio**2 * s_nn) / (rows * counts.mean() ** 2)
-        assert found.mean == pytest.approx(before.sum() / counts.sum() - now.sum() / counts.sum())
-        assert found.error == pytest.approx(np.sqrt(max(variance, 0)), abs=1e-9)
+from lorakit.train.files.train_state import TrainState
 
 
 def test_the_earlier_step_stays_unless_the_rows_agree() -> None:
@@ -56,8 +28,8 @@ def test_without_the_losses_of_rows_the_lower_loss_wins() -> None:
     assert state.note_evaluation(0.99, [0.5, 1.48], [1, 1])  # the checkpoint has no rows
     state.step = 7
     assert not state.note_evaluation(0.98, [0.5, 1.46], [1, 1])
-    single = TrainState(step=1, best_step=1, best_loss=1.0, best_rows=[3.0]).improvement(0.9, [2.7], [3])
-    assert single is not None and single.is_clear
+    single = TrainState(step=2, best_step=1, best_loss=1.0, best_rows=[3.0])
+    assert single.note_evaluation(0.9, [2.7], [3])
 
 
 def _of_earlier_versions() -> dict[str, Any]:
@@ -70,5 +42,6 @@ def test_noise_rarely_replaces_the_best_step() -> None:
     rng, better = random.Random(0), 0
     for _ in range(1000):
         before, now = ([rng.gauss(2, 1) for _ in range(20)] for _ in range(2))
-        better += improvement(before, now, [1] * 20).is_clear
+        state = TrainState(step=2, best_step=1, best_loss=sum(before) / 20, best_rows=before)
+        better += state.note_evaluation(sum(now) / 20, now, [1] * 20)
     assert 120 < better < 210

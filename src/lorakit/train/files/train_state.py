@@ -7,45 +7,12 @@ which is paired by rows.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorakit.differences import Difference, mean_difference
 from lorakit.errors import RunError
-
-
-@dataclass(frozen=True)
-class Improvement:
-    """How much lower a mean loss is than an earlier one.
-
-    Attributes:
-        mean: Difference of the mean losses; positive if the later one is lower.
-        error: Standard error of the difference, or 0 if it cannot be estimated.
-    """
-
-    mean: float
-    error: float = 0.0
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the improvement is positive and exceeds one standard error."""
-        return self.mean > self.error
-
-
-def improvement(before: Sequence[float], now: Sequence[float], counts: Sequence[int]) -> Improvement:
-    """Return the improvement of the mean loss over all targets, paired by rows.   [docs/math.md (111)]
-
-    `before` and `now` are the summed losses of the rows in two evaluations, and `counts` their numbers of targets. The
-    standard error is 0 for a single row, whose variance is not known.
-    """
-    total, rows = sum(counts), len(counts)
-    gains = [earlier - later for earlier, later in zip(before, now, strict=True)]
-    mean = math.fsum(gains) / total
-    if rows < 2:
-        return Improvement(mean)
-    squares = math.fsum((gain - mean * count) ** 2 for gain, count in zip(gains, counts, strict=True))
-    return Improvement(mean, math.sqrt(rows / (rows - 1) * squares) / total)
 
 
 @dataclass
@@ -89,28 +56,29 @@ class TrainState:
         """Whether every step so far was skipped, so that the adapter is untrained; False before the first step."""
         return 0 < self.step == self.skipped_steps
 
-    def improvement(self, loss: float, rows: Sequence[float] = (), counts: Sequence[int] = ()) -> Improvement | None:
-        """Return how much better an evaluation is than that of the best step, or None if there is none yet.
+    def change(self, loss: float, rows: Sequence[float] = (), counts: Sequence[int] = ()) -> Difference | None:
+        """Return an evaluation's loss minus that of the best step, or None if there is none yet.
 
         Without the loss of each row (in nats, summed) at both steps, the difference has no standard error.
         """
         if self.best_loss is None:
             return None
         if rows and len(rows) == len(self.best_rows):
-            return improvement(self.best_rows, rows, counts)
-        return Improvement(self.best_loss - loss)
+            return mean_difference(rows, self.best_rows, counts)
+        return Difference(loss - self.best_loss, 0.0, 0.0, len(rows))
 
     def note_evaluation(self, loss: float, rows: Sequence[float] = (), counts: Sequence[int] = ()) -> bool:
-        """Record an evaluation at the current step, and return whether it is the best so far; see `improvement`.
+        """Record an evaluation at the current step, and return whether it is the best so far.   [docs/math.md (111)]
 
-        It never is at step 0, before training.
+        It never is at step 0, before training. A later step is better if its loss is lower by more than one standard
+        error.
         """
-        gain = self.improvement(loss, rows, counts)
+        change = self.change(loss, rows, counts)
         self.evaluated_step, self.last_loss = self.step, loss
         if self.step == 0:
             self.first_loss = loss
             return False
-        if gain is None or gain.is_clear:
+        if change is None or change.value < -change.error:
             self.best_step, self.best_loss, self.best_rows = self.step, loss, list(rows)
             self.stale_evaluations = 0
             return True

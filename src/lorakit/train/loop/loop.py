@@ -126,11 +126,11 @@ class Loop:
 
     def _note(self, evaluation: Evaluation) -> None:
         state, measured = self._run.state, (evaluation.loss, evaluation.row_losses, evaluation.row_counts)
-        gain = state.improvement(*measured)
-        if not state.note_evaluation(*measured) and gain is not None and gain.mean > 0:
+        change = state.change(*measured)
+        if not state.note_evaluation(*measured) and change is not None and change.value < 0:
             self._progress.say(
-                f"step {state.step}: the evaluation loss is {gain.mean:.4f} lower than at step {state.best_step}, "
-                f"within one standard error ({gain.error:.4f}), so step {state.best_step} stays the best."
+                f"step {state.step}: the evaluation loss is {-change.value:.4f} lower than at step {state.best_step}, "
+                f"within one standard error ({change.error:.4f}), so step {state.best_step} stays the best."
             )
 
     def _measured(self, batches: Iterable[Batch], interrupts: Interrupts) -> Evaluation | None:

@@ -26,12 +26,12 @@ from lorakit import core, durable
 from lorakit.caches import INT8
 from lorakit.data import Batch
 from lorakit.data.encoding import IGNORED
+from lorakit.differences import mean_difference
 from lorakit.errors import AdapterFileError, NotYetSupported, RunError, UsageError
 from lorakit.report import INT8_FILE
 from lorakit.session.base_matmul import unsupported
 from lorakit.terminal import working
 from lorakit.train.files.checkpoint import environment
-from lorakit.train.files.train_state import improvement
 from lorakit.train.loop.run import RunInt8
 from lorakit.train.loop.score_cache import read_kept, start_key, write_kept
 
@@ -202,7 +202,7 @@ def _calibrated(model: nn.Module, spec: RunSpec, calibration: CalibrationRows) -
         "rows_sha256": hashlib.sha256(b"".join(row.input_ids.numpy().tobytes() for row in rows)).hexdigest(),
         "loss": sum(sums) / sum(weights),
         "int8_loss": sum(int8_sums) / sum(weights),
-        "loss_error": improvement(sums, int8_sums, weights).error,
+        "loss_error": mean_difference(int8_sums, sums, weights).error,
         "loss_bound": spec.settings.int8_loss_bound,
         "scales_sha256": durable.sha256_bytes(scales),
         "bytes_before": base.bytes_before,
