@@ -82,3 +82,11 @@ def start(tiny_model_directory: Path, save_adapter: Callable[..., Path], tmp_pat
 def running(start: Start) -> Running:
     """A server without API keys."""
     return start()
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Any]:
+    """OpenAI's client of this server."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

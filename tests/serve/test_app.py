@@ -30,12 +30,6 @@ TEXT = "The quick brown fox"
 
 
 @pytest.fixture
-def client(running: Running) -> Any:
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
 def session(running: Running, tiny_model_directory: Path) -> Any:
     """A session with the same adapters, alone."""
     with open_session(str(tiny_model_directory), running.folders) as session:
@@ -196,42 +190,6 @@ def test_answers_follow_a_json_schema(client: Any, running: Running) -> None:
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-SAID = 'I add.<tool_call>{"name": "add", "arguments": {"a": 2, "b": 2}}</tool_call>'
-WITH_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
-
-
-def test_calls_of_tools(monkeypatch: pytest.MonkeyPatch, client: Any, running: Running) -> None:
-    """The model says a call: its tokens are chosen here."""
-    from lorakit.generate import Sampler
-
-    served = running.service.find("one")
-    served.tokenizer.chat_template = WITH_TOOLS + served.tokenizer.chat_template
-    said = [*served.encode_text(SAID), 2]
-    monkeypatch.setattr(Sampler, "pick", lambda self, logits: _next(self, said))
-    asked = [{"role": "user", "content": "2+2"}]
-    given = {"model": "one", "messages": asked, "tools": TOOLS}
-    (choice,) = client.chat.completions.create(**given).choices
-    (call,) = choice.message.tool_calls
-    assert (choice.message.content, choice.finish_reason) == ("I add.", "tool_calls")
-    assert call.function.name == "add" and json.loads(call.function.arguments) == {"a": 2, "b": 2}
-    parts = [part.choices[0] for part in client.chat.completions.create(**given, stream=True)]
-    assert "".join(part.delta.content or "" for part in parts) == "I add."
-    (streamed,) = [one for part in parts for one in part.delta.tool_calls or []]
-    assert (
-        streamed.index == 0
-        and streamed.function.model_dump() == call.function.model_dump()
-        and parts[-1].finish_reason == "tool_calls"
-    )
-    none = client.chat.completions.create(**given, tool_choice="none").choices[0]
-    assert none.message.content == SAID and none.message.tool_calls is None
-    answered = [*asked, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4"}]
-    more = client.chat.completions.create(model="one", messages=answered, max_tokens=2)
-    assert more.usage.prompt_tokens > len(served.encode_chat(asked))
-
-
-def _next(sampler: Any, tokens: list[int]) -> int:
-    sampler.at = getattr(sampler, "at", -1) + 1
-    return tokens[sampler.at]
 
 
 def test_models(client: Any, running: Running) -> None:

@@ -65,12 +65,12 @@ class ResponseFormat(_Body):
 
 
 class Function(_Body):
-    """A function that the model may call."""
+    """A function that the model may call; `strict` has no effect, since calls are not constrained."""
 
     name: str = Field(min_length=1, max_length=64)
     description: str = ""
     parameters: JsonObject = Field(default_factory=dict)
-    strict: Literal[False] = False
+    strict: bool = False
 
 
 class Tool(_Body):
@@ -284,7 +284,9 @@ class ChatRequest(GenerationRequest):
     @property
     def offered(self) -> list[JsonObject]:
         """See `GenerationRequest`."""
-        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_unset=True) for tool in self.tools]
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
 
 class AdapterRequest(_Body):
