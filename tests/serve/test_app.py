@@ -22,6 +22,7 @@ from lorakit.serve.keys import Key
 from lorakit.session import Session
 
 from .conftest import Running, Start
+from .test_app_tools import TOOLS
 
 openai = pytest.importorskip("openai")
 
@@ -126,6 +127,24 @@ def test_end_tokens(client: Any, running: Running) -> None:
     assert cut.choices[0].message.content == served.tokenizer.decode(free[: free.index(free[4])])
 
 
+def test_a_completion_ends_where_that_of_vllm_ends(start: Start, tiny_model_directory: Path) -> None:
+    """vLLM: the ids of the generation config and the tokenizer's. The chat template's end of a turn, 2, ends chats."""
+    for name, change in [
+        ("generation_config.json", {"eos_token_id": [0, 7]}),
+        ("tokenizer_config.json", {"eos_token": "<|pad|>"}),
+    ]:
+        path = tiny_model_directory / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    running = start()
+    pad = running.service.find("tiny").tokenizer.eos_token_id
+    assert len({0, 2, 7, pad}) == 4
+    for token, reason in {0: "stop", 7: "stop", pad: "stop", 2: "length"}.items():
+        given = {"model": "tiny", "prompt": TEXT, "max_tokens": 3, "temperature": 0, "logit_bias": {str(token): 100}}
+        found = running.client.post("/v1/completions", json={**given, "return_token_ids": True}).json()["choices"][0]
+        ended = (found["token_ids"], found["finish_reason"])
+        assert ended == ([token] * (1 if reason == "stop" else 3), reason), token
+
+
 def test_log_probabilities_are_those_of_the_model(client: Any, session: Session, running: Running) -> None:
     import torch
 
@@ -187,9 +206,6 @@ def test_answers_follow_a_json_schema(client: Any, running: Running) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**{**given, "response_format": form})
         assert caught.value.param == param
-
-
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 
 
 def test_models(client: Any, running: Running) -> None:
