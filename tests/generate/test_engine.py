@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorakit import core
-from lorakit.errors import NonFiniteError, RouteError, UsageError
+from lorakit.errors import ModelError, NonFiniteError, RouteError, UsageError
 from lorakit.generate import (
     Continuation,
     Engine,
@@ -328,6 +328,19 @@ def test_a_continuation_is_checked_before_it_waits() -> None:
     with pytest.raises(RouteError):
         engine.submit(Continuation((1,), 1, adapter="nobody"))
     assert engine.is_idle
+
+
+def test_an_encoder_decoder_is_rejected_when_the_engine_is_made() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    t5 = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartConfig(vocab_size=32, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes)
+    for model in (T5ForConditionalGeneration(t5), BartForConditionalGeneration(bart)):
+        with pytest.raises(
+            ModelError, match=r"encoder-decoder: its cache \(argument (cache|past_key_values)\).*decoder-only"
+        ):
+            Engine(model.eval())
 
 
 def test_an_adapter_that_replaces_another_is_not_mixed_up_with_it() -> None:

@@ -43,7 +43,7 @@ def generate(
     Raises:
         UsageError: The prompt is empty, contains ids outside the vocabulary, or leaves no room for new tokens.
         ConfigError: A value is out of range.
-        ModelError: The model is in training mode or has no key-value cache.
+        ModelError: The model is in training mode, has no key-value cache or is an encoder-decoder.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if isinstance(input_ids, Tensor):
@@ -91,7 +91,7 @@ def generate_batch(
             `sampling` or `adapters` does not have one entry per row.
         ConfigError: `max_new_tokens` is below 1.
         RouteError: An adapter was not found.
-        ModelError: The model is in training mode or has no key-value cache.
+        ModelError: The model is in training mode, has no key-value cache or is an encoder-decoder.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if not prompts:

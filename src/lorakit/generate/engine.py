@@ -40,7 +40,7 @@ class Engine:
         submitted: Number of rows that were submitted.
 
     Raises:
-        ModelError: The model is in training mode or has no key-value cache.
+        ModelError: The model is in training mode, has no key-value cache or is an encoder-decoder.
     """
 
     def __init__(

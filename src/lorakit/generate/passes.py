@@ -39,7 +39,7 @@ class Passes:
         device: Where the model runs.
 
     Raises:
-        ModelError: The model has no key-value cache.
+        ModelError: The model has no key-value cache, or is an encoder-decoder.
     """
 
     def __init__(self, model: nn.Module, bank: AdapterBank, scope: Scope | None) -> None:
@@ -49,6 +49,12 @@ class Passes:
         if cache_name is None:
             text = f"{type(model).__name__} does not accept a key-value cache, which generation requires."
             raise ModelError(text, what=type(model).__name__)
+        if "decoder_input_ids" in takes:
+            text = (
+                f"{type(model).__name__} is an encoder-decoder: its cache (argument {cache_name}) also has keys and "
+                "values of an encoder, which are not computed here. Use its own generate(), or a decoder-only model."
+            )
+            raise ModelError(text, what=type(model).__name__, field=cache_name)
         self._cache_name = cache_name
         self._last_alone, self._positioned = "logits_to_keep" in takes, "position_ids" in takes
         weight = embedding_weight(model)
