@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorakit import core
-from lorakit.errors import ModelError, NonFiniteError, RouteError, UsageError
+from lorakit.errors import ModelError, NonFiniteError, RouteError, RunError, UsageError
 from lorakit.generate import (
     Continuation,
     Engine,
@@ -318,6 +318,39 @@ def test_a_function_can_end_a_row() -> None:
     events = run(Engine(model), [Continuation(prompt, 9, until=lambda token: token == end)])[0]
     assert tokens(events) == whole[: whole.index(end) + 1]
     assert events[-1].ended == "stop"
+
+
+@pytest.mark.parametrize("place", ["until", "mask", "advance", "is_finished"])
+def test_any_error_of_a_rows_own_functions_ends_only_that_row(place: str) -> None:
+    class Failing:
+        """A constraint that fails at its third token."""
+
+        def __init__(self) -> None:
+            self.asked: Counter[str] = Counter()
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "is_finished":
+                return self._call(name, False)
+            return lambda given: self._call(name, given)
+
+        def _call(self, name: str, result: Any) -> Any:
+            self.asked[name] += 1
+            if name == place and self.asked[name] == 3:
+                raise KeyError("broken")
+            return result
+
+    model, prompt = long_llama(), tuple(LONG[:9])
+    engine, constraint = Engine(model), Failing()
+    expected = tokens(run(engine, [Continuation(prompt, 6)])[0])
+    until = (lambda _: constraint._call("until", False)) if place == "until" else None
+    own: dict[str, Any] = {"until": until, "constraint": constraint}
+    found = run(engine, [Continuation(prompt, 6), Continuation(prompt, 6, **own), Continuation(prompt, 6)])
+    assert tokens(found[1]) == tokens(found[3]) == expected
+    *before, last = found[2]
+    assert tokens(before) == expected[:2]
+    assert isinstance(last, Failure) and isinstance(last.error, RunError) and "KeyError: 'broken'" in str(last.error)
+    assert isinstance(last.error.__cause__, KeyError)
+    assert engine.counts["tokens"] == 0
 
 
 def test_a_continuation_is_checked_before_it_waits() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import AdapterBank, invoked, prompt_offset, route, waits_for_tokens
-from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
+from lorakit.errors import ConfigError, LorakitError, ModelError, NonFiniteError, RunError, UsageError
 from lorakit.generate.passes import Passes, Scope, embedding_weight
 from lorakit.generate.rows import CHUNK, ChunkKey, Continuation, Event, Failure, NewToken, PromptRead, Row
 from lorakit.generate.sampling import Sampler, Sampling, logprobs
@@ -233,11 +233,16 @@ class Engine:
     def _choose(row: Row, logits: Tensor, likeliest: int) -> NewToken | Failure:
         """Choose the next token of a row from logits (vocabulary,)."""
         try:
-            row.last = likeliest if row.sampler.is_greedy else row.sampler.pick(logits)
-        except ConfigError as error:  # its constraint became too complex
+            row.last, top = likeliest if row.sampler.is_greedy else row.sampler.pick(logits), row.given.logprobs
+            values = None if top is None else logprobs(logits, row.last, top)
+            return NewToken(row.number, row.last, row.ending(), values)
+        except LorakitError as error:  # such as that of a constraint that became too complex
             return Failure(row.number, error)
-        top = row.given.logprobs
-        return NewToken(row.number, row.last, row.ending(), None if top is None else logprobs(logits, row.last, top))
+        except Exception as cause:  # noqa: BLE001 - `until` and the constraint are the row's, not the other rows'
+            text = f"Row {row.number} ended, because choosing its token failed with {type(cause).__name__}: {cause}."
+            failed = RunError(f"{text} Check its `until` and constraint.", where=f"row {row.number}")
+            failed.__cause__ = cause
+            return Failure(row.number, failed)
 
 
 class _Prefixes:
