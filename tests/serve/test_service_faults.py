@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from lorakit import open_session
 from lorakit.errors import RunError, UnknownModelError, UsageError
+from lorakit.generate import Continuation, Failure
+from lorakit.generate.rows import Event
 from lorakit.registry import Registry, Version
 from lorakit.serve.service import Limits, Service
 from lorakit.serve.sources import Sources
@@ -153,6 +156,35 @@ def test_nothing_is_left_of_versions_that_were_replaced(
         registry.remove("it")
         assert len(registry.gc().in_use) == 1
     assert registry.gc().in_use == ()
+
+
+def test_a_request_that_is_cancelled_before_it_is_added_leaves_nothing(
+    tiny_model_directory: Path, registry: Registry
+) -> None:
+    with served(tiny_model_directory, Sources([registry.folder])) as service:
+        busy = threading.Event()
+        blocked = service._do(lambda: busy.wait(60))
+        number = service.submit(service.find("it"), Continuation(PROMPTS[0], 4), lambda _: None)
+        assert number.cancel()
+        busy.set()
+        assert blocked.result(60)
+        assert len(Reply(service, service.find("it"), PROMPTS[0]).tokens()) == 8
+        wait_for(lambda: service._submitted == 0)
+
+
+def test_no_command_runs_beside_the_end_of_requests(tiny_model_directory: Path, registry: Registry) -> None:
+    done: list[str] = []
+    with served(tiny_model_directory, Sources([registry.folder])) as service, ThreadPoolExecutor(1) as pool:
+
+        def sink(event: Event) -> None:
+            if isinstance(event, Failure):
+                wait([pool.submit(service._do, lambda: done.append("command"))], timeout=1)
+                done.append("request")
+
+        service.submit(service.find("it"), Continuation(PROMPTS[0], 10**6), sink).result(60)
+        service.close()
+        wait_for(lambda: len(done) == 2)
+    assert done == ["request", "command"]
 
 
 def test_a_registry_that_disappears_changes_nothing(tiny_model_directory: Path, registry: Registry) -> None:

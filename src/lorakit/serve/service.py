@@ -101,6 +101,7 @@ class Service:
         self._submitted = 0  # requests that are waiting, being read or open
         self._failed_at: list[float] = []
         self._publishing = threading.Lock()
+        self._finishing = threading.RLock()  # of commands after the end of the engine's thread
         self._numbers = itertools.count()
         self._is_draining = self._is_closed = False
         self.faults: dict[str, LorakitError] = {}
@@ -305,7 +306,7 @@ class Service:
                 raise BusyError(f"{self._submitted:,} requests are waiting or running; try again.", what="full")
             self._submitted += 1
         number = self._do(lambda: self._submit(served, replace(given, adapter=served.adapter), sink))
-        number.add_done_callback(lambda done: self._release() if done.exception() else None)
+        number.add_done_callback(lambda done: self._release() if done.cancelled() or done.exception() else None)
         return number
 
     def _submit(self, served: Served, given: Continuation, sink: Sink) -> int:
@@ -343,6 +344,8 @@ class Service:
         future: Future[Result] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except BaseException as error:  # noqa: BLE001 - the thread that waits gets it
@@ -350,7 +353,8 @@ class Service:
 
         self._commands.put(run)
         if self.ended.is_set():  # nobody else runs it
-            self._work(wait=False)
+            with self._finishing:
+                self._work(wait=False)
         return future
 
     def _run(self) -> None:
@@ -362,9 +366,12 @@ class Service:
         except BaseException as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
         finally:
-            self.ended.set()
-            self._fail_all(BusyError("The server has ended.", what="draining"))
-            self._work(wait=False)
+            try:
+                self._fail_all(BusyError("The server has ended.", what="draining"))
+            finally:
+                self.ended.set()  # from now on, other threads run commands
+                with self._finishing:
+                    self._work(wait=False)
 
     def _work(self, *, wait: bool = True) -> None:
         """Run the commands in the queue; wait for one if there is nothing else to do."""
