@@ -62,3 +62,62 @@ def test_strict_of_a_tool_is_accepted_and_not_part_of_the_prompt(
     found = client.chat.completions.create(**given, tools=[{"type": "function", "function": function}])
     assert found.prompt_token_ids == without.prompt_token_ids
     assert '"add"' in tokenizer.decode(found.prompt_token_ids)
+
+
+def test_a_function_that_is_chosen_is_called_with_arguments_of_its_schema(client: Any, running: Running) -> None:
+    """A model of random weights writes valid arguments; langchain's `with_structured_output` sends these fields."""
+    pytest.importorskip("llguidance")
+    served = running.service.find("one")
+    served.tokenizer.chat_template = WITH_TOOLS + served.tokenizer.chat_template
+    number = {"$ref": "#/$defs/digit"}
+    schema = {
+        "type": "object",
+        "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "properties": {"a": number, "b": number},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    function = {"name": "plus", "parameters": schema, "strict": True}
+    tokenizer = served.tokenizer
+    spaces = [token for token in range(len(tokenizer)) if not tokenizer.decode([token]).strip()]
+    given = {
+        "model": "one",
+        "messages": ASKED,
+        "tools": [*TOOLS, {"type": "function", "function": function}],
+        "tool_choice": {"type": "function", "function": {"name": "plus"}},
+        "parallel_tool_calls": False,
+        "logit_bias": dict.fromkeys(map(str, spaces), -100),  # this model would write little else
+        "seed": 1,
+    }
+    (choice,) = client.chat.completions.create(**given, max_tokens=40).choices
+    (call,) = choice.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert (call.function.name, choice.message.content, choice.finish_reason) == ("plus", None, "tool_calls")
+    assert set(arguments) == {"a", "b"} and all(number in range(10) for number in arguments.values())
+    parts = [part.choices[0].delta for part in client.chat.completions.create(**given, max_tokens=40, stream=True)]
+    (streamed,) = [one for part in parts for one in part.tool_calls or []]
+    assert streamed.function.arguments == call.function.arguments and not any(part.content for part in parts)
+    cut = client.chat.completions.create(**given, max_tokens=2).choices[0]
+    assert cut.message.tool_calls is None and cut.message.content and cut.finish_reason == "length"
+    wrong = {"name": "plus", "parameters": {"type": "fox"}}
+    for change, param in [
+        ({"tool_choice": {"type": "function", "function": {"name": "minus"}}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": wrong}]}, "tools"),
+    ]:
+        response = running.client.post("/v1/chat/completions", json={**given, **change})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_without_parallel_calls_the_first_one_counts(
+    monkeypatch: pytest.MonkeyPatch, client: Any, running: Running
+) -> None:
+    from lorakit.generate import Sampler
+
+    served = running.service.find("one")
+    served.tokenizer.chat_template = WITH_TOOLS + served.tokenizer.chat_template
+    said = [*served.encode_text('<tool_call>{"name": "one"}</tool_call><tool_call>{"name": "two"}</tool_call>'), 2]
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits: _next(self, said))
+    given = {"model": "one", "messages": ASKED, "tools": TOOLS}
+    for parallel, names in {True: ["one", "two"], False: ["one"]}.items():
+        message = client.chat.completions.create(**given, parallel_tool_calls=parallel).choices[0].message
+        assert [call.function.name for call in message.tool_calls] == names

@@ -29,12 +29,15 @@ class Prompt:
 class Options:
     """Settings of answers: stop strings, tokens before which they have no effect, and whether calls are parsed.
 
+    `called`: the function whose arguments are the answer. `most_calls`: later calls are dropped.
     `drops_tokens`: the engine makes at least one token, and the request wants none.
     """
 
     stops: tuple[str, ...] = ()
     min_tokens: int = 0
     has_tools: bool = False
+    called: str | None = None
+    most_calls: int | None = None
     drops_tokens: bool = False
 
 
@@ -81,9 +84,9 @@ class Choice:
         self.index, self.prompt = index, prompt
         self.made = 0
         self.finish_reason: str | None = None
-        self._drops_tokens = options.drops_tokens
+        self._drops_tokens, self._most_calls = options.drops_tokens, options.most_calls
         self._answer = Answer(served.id, served.tokenizer, prompt.ids, options.stops, options.min_tokens)
-        self._tools = ToolStream() if options.has_tools else None
+        self._tools = ToolStream(options.called) if options.has_tools else None
         self._waiting = Piece(prompt.echo or "", is_first=True)
 
     def add(self, event: NewToken | PromptRead) -> Piece | None:
@@ -103,7 +106,7 @@ class Choice:
             text = self._tools.push(text)
             if self._answer.ended is not None:
                 rest, calls = self._tools.finish()
-                text += rest
+                text, calls = text + rest, calls[: self._most_calls]
         self._waiting += Piece(text, tuple(calls), (event,))
         if self._answer.ended is not None:
             self.finish_reason = "tool_calls" if calls else _FINISH[self._answer.ended]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
 
-from lorakit.errors import ModelError
+from lorakit.errors import ConfigError, ModelError
 from lorakit.generate import Continuation
 from lorakit.generate.grammar import Constraint, FastTokenizer, GrammarCompiler
 from lorakit.serve.choices import Choice, Options, Prompt
@@ -96,7 +96,9 @@ class Jobs:
         _check_prompts(prompts, given.n, context, "messages" if is_chat else "prompt")
         ends = frozenset() if given.ignore_eos else reply.served.end_ids(chat=is_chat)
         wanted = given.new_tokens
-        options = Options(tuple(given.stops), given.min_tokens, bool(given.offered), drops_tokens=wanted == 0)
+        options = Options(
+            tuple(given.stops), given.min_tokens, bool(given.offered), given.called, given.most_calls, wanted == 0
+        )
         choices, rows = list[Choice](), list[Continuation]()
         for prompt in (prompt for prompt in prompts for _ in range(given.n)):
             index = len(choices)
@@ -118,7 +120,7 @@ class Jobs:
 
     def _constraint(self, served: Served, given: GenerationRequest, is_chat: bool) -> Constraint | None:
         """Return what a row must follow; a compiler of schemas is made for each model that needs one."""
-        if given.schema_of_answer is None:
+        if given.constraint is None:
             return None
         with self._lock:
             compilers = self._grammars.setdefault(served, {})
@@ -128,7 +130,12 @@ class Jobs:
                     compilers[is_chat] = GrammarCompiler(cast(FastTokenizer, served.tokenizer), vocabulary, ends)
                 except ModelError as error:
                     raise HttpFault(400, str(error), "invalid_value", "response_format") from error
-        return compilers[is_chat].start(given.schema_of_answer)
+        try:
+            return compilers[is_chat].start(given.constraint)
+        except ConfigError as error:
+            if given.called is None:
+                raise
+            raise HttpFault(400, f"parameters of {given.called}: {error}", "invalid_value", "tools") from error
 
 
 @contextlib.contextmanager

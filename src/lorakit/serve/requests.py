@@ -65,7 +65,7 @@ class ResponseFormat(_Body):
 
 
 class Function(_Body):
-    """A function that the model may call; `strict` has no effect, since calls are not constrained."""
+    """A function that the model may call; `strict` has no effect, as `tool_choice` decides what is constrained."""
 
     name: str = Field(min_length=1, max_length=64)
     description: str = ""
@@ -78,6 +78,19 @@ class Tool(_Body):
 
     type: Literal["function"]
     function: Function
+
+
+class FunctionName(_Body):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(_Body):
+    """The function that an answer calls."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class TextPart(_Body):
@@ -187,6 +200,21 @@ class GenerationRequest(_Body):
         return JSON_OBJECT if schema is None else schema.definition
 
     @property
+    def constraint(self) -> Mapping[str, Any] | None:
+        """The JSON schema that tokens follow, or None."""
+        return self.schema_of_answer
+
+    @property
+    def called(self) -> str | None:
+        """The name of the function whose arguments are the answer, or None."""
+        return None
+
+    @property
+    def most_calls(self) -> int | None:
+        """Maximum number of calls in an answer, or None for any number."""
+        return None
+
+    @property
     def top_count(self) -> int | None:
         """Number of most likely tokens with log-probabilities for each token, or None for no log-probabilities."""
         return None
@@ -260,7 +288,8 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] = Field(default_factory=list)
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: Literal["auto", "none"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _agreeing(self) -> ChatRequest:
@@ -269,7 +298,29 @@ class ChatRequest(GenerationRequest):
             raise HttpFault(400, text, "invalid_value", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise HttpFault(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
+        if self.called is not None and self._schemas.keys().isdisjoint([self.called]):
+            text = f"tools has no function {self.called!r}, which tool_choice names."
+            raise HttpFault(400, text, "invalid_value", "tool_choice")
         return self
+
+    @property
+    def called(self) -> str | None:
+        """See `GenerationRequest`."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+
+    @property
+    def most_calls(self) -> int | None:
+        """See `GenerationRequest`."""
+        return None if self.parallel_tool_calls else 1
+
+    @property
+    def constraint(self) -> Mapping[str, Any] | None:
+        """See `GenerationRequest`; a function that is called has a schema, that of its arguments."""
+        return self.schema_of_answer if self.called is None else {**JSON_OBJECT, **self._schemas[self.called]}
+
+    @property
+    def _schemas(self) -> Mapping[str, JsonObject]:
+        return {tool.function.name: tool.function.parameters for tool in self.tools}
 
     @property
     def top_count(self) -> int | None:

@@ -18,21 +18,31 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class ToolStream:
-    """An answer's text with calls: text is passed on, and from the first call on held back until the end."""
+    """An answer's text with calls: text is passed on, and from the first call on held back until the end.
 
-    def __init__(self) -> None:
+    Args:
+        called: The function whose arguments are the whole text, or None.
+    """
+
+    def __init__(self, called: str | None = None) -> None:
         self._marker, self._text, self._given = StopStrings([BEGIN]), "", 0
+        self._called = called
 
     def push(self, piece: str) -> str:
         """Add a piece of text, and return what cannot be part of a call."""
         self._text += piece
+        if self._called is not None:
+            return ""
         text = self._marker.push(piece)
         self._given += len(text)
         return text
 
     def finish(self) -> tuple[str, list[JsonObject]]:
         """Return the rest of the text, and the calls."""
-        return parsed(self._text[self._given :])
+        if self._called is None:
+            return parsed(self._text[self._given :])
+        call = _call(f'{{"name": {json.dumps(self._called)}, "arguments": {self._text}}}')
+        return (self._text, []) if call is None else ("", [call])
 
 
 def parsed(text: str) -> tuple[str, list[JsonObject]]:
