@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +56,21 @@ def serving(service: Service, access: Access | None = None, address: Address | N
     server.should_exit = True
     thread.join(60)
     assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def serving_process(model: Path, *adapters: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Yield a process of `lorakit serve` that is ready, and its URL; it is killed if it has not ended."""
+    command = [sys.executable, "-m", "lorakit", "serve", "--model", str(model), *map(str, adapters), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        assert process.stderr is not None
+        try:
+            ready = json.loads(next(line for line in process.stderr if line.startswith("{")))
+            assert ready["event"] == "ready"
+            threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()  # a full pipe would block it
+            yield process, ready["url"].removesuffix("/v1")
+        finally:
+            process.kill()
 
 
 Start = Callable[..., Running]
