@@ -160,7 +160,7 @@ def test_a_version_that_is_replaced_before_its_row_begins(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-@pytest.mark.costly(cases=1)
+@pytest.mark.costly(cases=0)
 @pytest.mark.parametrize(("clients", "requests"), [(8, 320), pytest.param(64, 20_000, marks=pytest.mark.slow)])
 def test_no_reply_is_another_versions(
     clients: int, requests: int, tiny_model_directory: Path, save_adapter: Callable[..., Path], tmp_path: Path
