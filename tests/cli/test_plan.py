@@ -86,7 +86,7 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_forwards_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "Llama-3.2-1B", "--max-length", "256"]
+    words = ["plan", "Llama-3.2-1B", "--max-length", "256", "--dtype", "bfloat16"]
     fast, own = _json(words, capsys), _json([*words, "--no-accelerate"], capsys)
     assert (fast["job"]["accelerated"], own["job"]["accelerated"]) == (True, False)
     above = [values["lora"]["memory"]["above_weights_bytes"] for values in (fast, own)]
@@ -100,7 +100,7 @@ def test_forwards_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_is_computed_again_is_planned_or_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "SmolLM2-135M", "--max-length", "256"]
+    words = ["plan", "SmolLM2-135M", "--max-length", "256", "--dtype", "bfloat16"]
     peaks = {
         way: _json([*words, "--recompute", way], capsys)["lora"]["memory"]["peak_bytes"]
         for way in ("none", "feed-forward", "layers")
@@ -279,7 +279,7 @@ def test_a_plan_says_what_all_linear_leaves_out(tmp_path: Path, capsys: pytest.C
 
 
 def test_fit_chooses_the_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "SmolLM2-135M", "--batch-size", "8", "--max-length", "1024", "--fit"]
+    words = ["plan", "SmolLM2-135M", "--batch-size", "8", "--max-length", "1024", "--dtype", "bfloat16", "--fit"]
     roomy, tight = (_json([*words, size], capsys)["job"] for size in ("8GB", "1700MB"))
     assert roomy["batch_rows"] == 8 and roomy["recompute"] == "none"
     assert tight["batch_rows"] * tight["accumulation"] == 8 and tight["batch_rows"] < 8

@@ -139,7 +139,7 @@ def test_merged_is_a_plain_directory(
 
 
 def test_plan_shows_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "smollm2", "--quantization", "nf4", "--verbose"]) == 0
+    assert main(["plan", "smollm2", "--quantization", "nf4", "--dtype", "bfloat16", "--verbose"]) == 0
     assert "2 × 28,346,688 + 54,998,520 (nf4 of 106,168,320)" in capsys.readouterr().out
     assert main(["plan", "smollm2", "--quantization", "nf4", "--no-double-quantization", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)

@@ -11,7 +11,7 @@ import json
 import random
 import sys
 from array import array
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +102,7 @@ def evaluations(case: str, processes: Processes) -> list[dict[str, Any]]:
         batches = evaluation_batches(task.task, task.objective.collate, rows_of(case), 2, 0)
         made = evaluate(model, batches, "cpu", objective=task.objective, processes=group)
         assert made is not None
-        found.append({**asdict(made), "metrics": dict(made.metrics)})
+        found.append({**asdict(replace(made, meter=None)), "metrics": dict(made.metrics)})
     return found
 
 
