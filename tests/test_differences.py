@@ -112,7 +112,7 @@ def _accuracy(right: np.ndarray) -> Callable[[np.ndarray], float]:
 
 
 def test_rows_of_a_document_count_as_one() -> None:
-    """Each row ten times is no more evidence than each row once."""
+    """Each row ten times gives the same evidence as each row once."""
     rng = np.random.default_rng(8)
     right = rng.integers(0, 2, (2, 40)).astype(float)
     once = metric_difference(*map(_accuracy, right), range(40), is_loss=False)

@@ -116,7 +116,7 @@ def _documents(records: AnyRecords, coded: Coded) -> tuple[Array, str]:
 
 def _differences(task: Task, one: Evaluation, other: Evaluation, documents: Array) -> dict[str, Difference]:
     found = dict[str, Difference]()
-    if len(one.row_losses) == len(documents):  # each row has a loss of its own
+    if len(one.row_losses) == len(documents):  # otherwise the losses are those of batches
         place = np.unique(documents, return_inverse=True)[1]
         sums, reference, counts = (
             np.bincount(place, part) for part in (one.row_losses, other.row_losses, one.row_counts)

@@ -141,7 +141,7 @@ Score: TypeAlias = float | str
 """The value of a metric, or the reason why the data does not define it."""
 
 LOSSES = ("mse",)
-"""Names of the metrics of which smaller values are better."""
+"""Names of metrics whose smaller values are better."""
 
 BASELINES: Mapping[str, str] = {"accuracy": "majority"}
 """Name of a metric -> name of the metric with the value that a model reaches without reading the rows."""
