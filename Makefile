@@ -2,12 +2,12 @@
 PY := .venv/bin/python
 BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not net"
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist worksteal -m "not gpu and not net and not clients"
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite test-vllm hook clean
+.PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite test-clients test-vllm hook clean
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup:  ## set up .venv with everything the other targets need
 	@command -v $(BOOT) >/dev/null || { echo "setup: error: $(BOOT) is not on PATH; install Python 3.10 or newer" >&2; exit 1; }
@@ -48,9 +48,13 @@ test-vllm: setup  ## serve exported adapters in real vLLM on a CPU (installs 3.4
 	$(PY) scripts/vllm_resolver.py
 	OMP_NUM_THREADS=1 $(PY) scripts/runtimes_table.py $(ARGS)
 
+test-clients: setup  ## test `lorakit serve` with lm-eval, langchain-openai and, if installed, Chromium (installs 0.4 GB into .venv-clients)
+	$(PY) scripts/environments.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false .venv-clients/bin/python -m pytest -m clients -rs tests/serve $(ARGS)
+
 hook: setup  ## run `make check` before every commit
 	@path=$$(git rev-parse --git-path hooks/pre-commit) && printf '#!/bin/sh\nexec make check\n' > "$$path" && chmod +x "$$path" && echo "installed $$path"
 
-clean:  ## remove .venv, .venv-vllm, caches and built files (not runs/)
-	rm -rf .venv .venv-vllm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## remove .venv, .venv-clients, .venv-vllm, caches and built files (not runs/)
+	rm -rf .venv .venv-clients .venv-vllm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "benchmarks" / "mutants.jsonl"
 PACKAGES = ("core", "ops", "speed", "train/loop", "data", "peft")
-QUICK = "not gpu and not net and not slow"
+QUICK = "not gpu and not net and not clients and not slow"
 SAMPLE_SEED = 20261202
 STARTING_SECONDS = 120
 SECONDS = 1.0  # of a case that `cover` did not run

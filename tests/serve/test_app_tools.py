@@ -17,12 +17,9 @@ WITH_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
 
 def test_calls_of_tools(monkeypatch: pytest.MonkeyPatch, client: Any, running: Running) -> None:
     """The model says a call: its tokens are chosen here."""
-    from lorakit.generate import Sampler
-
     served = running.service.find("one")
     served.tokenizer.chat_template = WITH_TOOLS + served.tokenizer.chat_template
-    said = [*served.encode_text(SAID), 2]
-    monkeypatch.setattr(Sampler, "pick", lambda self, logits: _next(self, said))
+    say(monkeypatch, running, SAID)
     given = {"model": "one", "messages": ASKED, "tools": TOOLS}
     (choice,) = client.chat.completions.create(**given).choices
     (call,) = choice.message.tool_calls
@@ -41,6 +38,14 @@ def test_calls_of_tools(monkeypatch: pytest.MonkeyPatch, client: Any, running: R
     answered = [*ASKED, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4"}]
     more = client.chat.completions.create(model="one", messages=answered, max_tokens=2)
     assert more.usage.prompt_tokens > len(served.encode_chat(ASKED))
+
+
+def say(monkeypatch: pytest.MonkeyPatch, running: Running, text: str) -> None:
+    """Choose the tokens of a text and the end of the turn, instead of sampling."""
+    from lorakit.generate import Sampler
+
+    said = [*running.service.find("one").encode_text(text), 2]
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits: _next(self, said))
 
 
 def _next(sampler: Any, tokens: list[int]) -> int:
@@ -111,12 +116,9 @@ def test_a_function_that_is_chosen_is_called_with_arguments_of_its_schema(client
 def test_without_parallel_calls_the_first_one_counts(
     monkeypatch: pytest.MonkeyPatch, client: Any, running: Running
 ) -> None:
-    from lorakit.generate import Sampler
-
     served = running.service.find("one")
     served.tokenizer.chat_template = WITH_TOOLS + served.tokenizer.chat_template
-    said = [*served.encode_text('<tool_call>{"name": "one"}</tool_call><tool_call>{"name": "two"}</tool_call>'), 2]
-    monkeypatch.setattr(Sampler, "pick", lambda self, logits: _next(self, said))
+    say(monkeypatch, running, '<tool_call>{"name": "one"}</tool_call><tool_call>{"name": "two"}</tool_call>')
     given = {"model": "one", "messages": ASKED, "tools": TOOLS}
     for parallel, names in {True: ["one", "two"], False: ["one"]}.items():
         message = client.chat.completions.create(**given, parallel_tool_calls=parallel).choices[0].message

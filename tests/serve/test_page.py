@@ -98,7 +98,7 @@ def ask(page: Any, text: str, limit: int = 12) -> None:
     page.locator("#stop:disabled").wait_for()
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 def test_models_answer_side_by_side_as_over_http(page: Any, running: Running) -> None:
     page.goto(running.url)
     page.locator("#models input").first.wait_for()
@@ -139,7 +139,7 @@ def streamed(route: Any) -> None:
     route.fulfill(status=200, content_type="text/event-stream", body=body)
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 def test_answers_are_text_and_fit_a_narrow_window(page: Any, running: Running) -> None:
     page.set_viewport_size({"width": 360, "height": 700})
     page.route("**/v1/chat/completions", streamed)
@@ -159,7 +159,7 @@ def test_answers_are_text_and_fit_a_narrow_window(page: Any, running: Running) -
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 def test_a_key_is_asked_for_and_errors_are_shown(page: Any, start: Start) -> None:
     running = start(Access([Key(name="one", sha256=sha256(b"secret").hexdigest())]))
     page.goto(running.url)
@@ -178,7 +178,7 @@ def test_a_key_is_asked_for_and_errors_are_shown(page: Any, start: Start) -> Non
     assert "context" in page.locator(".error").first.text_content()
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 def test_stop_aborts_the_requests(page: Any, running: Running) -> None:
     failed: list[str] = []
     page.on("requestfailed", lambda request: failed.append(request.url))

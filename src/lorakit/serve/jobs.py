@@ -166,5 +166,6 @@ def _check_prompts(prompts: Sequence[Prompt], count: int, context: int | None, f
         raise HttpFault(400, text, "invalid_value", field)
     longest = max(len(prompt.ids) for prompt in prompts)
     if context is not None and longest >= context:
-        text = f"The maximum context length is {context:,} tokens, but the prompt has {longest:,}; shorten it."
+        # langchain-openai recognizes the first words, not the code
+        text = f"The prompt is too long: it has {longest:,} tokens, but the context has {context:,}; shorten it."
         raise HttpFault(400, text, "context_length_exceeded", field)
