@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 
 from lorakit import open_session
 from lorakit.generate import Sampling
+from lorakit.machine import rss_bytes
 from lorakit.serve import jobs
 from lorakit.serve.app import MOST_BODY_BYTES, Access
 from lorakit.serve.keys import Key
@@ -466,3 +468,6 @@ def test_metrics_count_requests_and_tokens(running: Running) -> None:
     assert 'lorakit_requests_total{model="",route="/v1/completions",status="404"} 1.0' in lines
     assert 'lorakit_completion_tokens_total{model="one"} 3.0' in lines
     assert 'lorakit_rows{state="open"} 0.0' in lines
+    if sys.platform == "linux":
+        (resident,) = (float(line.split()[1]) for line in lines if line.startswith("process_resident_memory_bytes "))
+        assert resident == pytest.approx(rss_bytes(), rel=0.1)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from collections import Counter
@@ -84,6 +85,8 @@ class Changes:
         self._processes = multiprocessing.get_context("forkserver")
         self._seconds = 0.0
         self.done: Counter[str] = Counter()
+        self.memory: list[float] = []
+        """Resident bytes of the server after each change."""
 
     def make(self, ended: threading.Event) -> None:
         """Change names until the event is set, and serve all of them at the end."""
@@ -94,6 +97,7 @@ class Changes:
             change, name = self._pick.choice(kinds), self._pick.choice(NAMES)
             change(name)
             self._post("load", name)
+            self.memory.append(metric(self._url, "process_resident_memory_bytes"))
 
     def _post(self, kind: str, name: str) -> None:
         given = {"lora_name": name}
@@ -196,6 +200,11 @@ def test_no_reply_is_another_versions(
     assert len(set(right)) > len(NAMES) and BASE in right
     assert set(changes.done) == {"publish", "kill", "rollback", "unload"} and changes.done["kill"]
     assert not registry.verify() and not registry.gc().in_use
+    if requests > 10_000:  # what is kept has its full size by then
+        size = len(changes.memory) // 4
+        quarters = [statistics.median(changes.memory[at * size : (at + 1) * size]) for at in range(4)]
+        print("MB in each quarter of the run:", [round(one / 1e6) for one in quarters])
+        assert quarters[3] < 1.02 * quarters[1]
     print(f"{len(found)} replies, {len(right)} with an answer, {len(set(right))} models; {dict(changes.done)}")
 
 
@@ -215,6 +224,12 @@ def is_right(model: str, prompt: str, found: Answer | None, expected: dict[tuple
     if found is None:
         return model != BASE
     return model in (found[0], found[0].partition("@")[0]) and found[1] == expected[found[0], prompt]
+
+
+def metric(url: str, name: str) -> float:
+    """Return the value of a metric without labels."""
+    lines = httpx.get(f"{url}/metrics", timeout=120, trust_env=False).text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.split()[0] == name)
 
 
 def wait_until_idle(client: httpx.Client) -> None:

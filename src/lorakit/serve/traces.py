@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -119,6 +119,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._names: set[str] = set()
         registry.register(_Gauges(counts))
+        ProcessCollector(registry=registry)
         by_model = ["route", "model", "status"]
         self._requests = Counter("lorakit_requests", "Requests.", by_model, registry=registry)
         self._prompt = Counter("lorakit_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry)
