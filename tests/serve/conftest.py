@@ -82,10 +82,12 @@ def start(tiny_model_directory: Path, save_adapter: Callable[..., Path], tmp_pat
     folders = {name: save_adapter(f"adapters/{name}", seed) for seed, name in enumerate(["one", "two"], start=1)}
     with contextlib.ExitStack() as stack:
 
-        def make(access: Access | None = None, address: Address | None = None, **limits: Any) -> Running:
+        def make(
+            access: Access | None = None, address: Address | None = None, name: str = "tiny", **limits: Any
+        ) -> Running:
             session = stack.enter_context(open_session(str(tiny_model_directory)))
             sources = Sources([tmp_path / "adapters"])
-            service = Service(session, sources, "tiny", Limits(**{"rows": 4, "poll_seconds": 0.02, **limits}))
+            service = Service(session, sources, name, Limits(**{"rows": 4, "poll_seconds": 0.02, **limits}))
             service.start()
             stack.callback(service.close)
             server = stack.enter_context(serving(service, access, address))

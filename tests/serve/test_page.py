@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,20 @@ from lorakit.serve.keys import Key
 from lorakit.serve.page import FILES
 
 from .conftest import Running, Start
+from .test_app_tools import say
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HOSTILE = '<img src=x onerror="attacked=1"><script>a=1</script>'
 ATTACK = [
     '<img src=x onerror="window.attacked=1">',
     "<script>window.attacked=1</script>",
@@ -66,29 +77,62 @@ def test_a_wheel_has_the_page(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     if shutil.which(CHROMIUM) is None:
         pytest.skip("Chromium is not installed")
+    profile = tmp_path_factory.mktemp("profile")
     with playwright.sync_playwright() as found:
-        one = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        one = found.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, args=FLAGS)
         yield one
         one.close()
 
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A tab; it must request nothing from elsewhere, and report no error of a script or the policy."""
+    """A tab; it must request nothing from elsewhere, and write nothing to the console, such as faults of the policy."""
     one = browser.new_page()
     problems: list[str] = []
     hosts: set[str] = set()
     one.on("pageerror", lambda error: problems.append(str(error)))
-    one.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+    one.on("console", lambda line: problems.append(line.text))
     one.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
     yield one
     one.close()
     assert hosts == {"127.0.0.1"}
-    assert [text for text in problems if "status of 4" not in text] == []  # a status is no error of the page
+    assert [text for text in problems if not text.startswith("Failed to load resource")] == []  # the page shows these
+
+
+RECORD = """() => {
+  window.order = [];
+  const note = (changes) => {
+    for (const change of changes) {
+      for (const one of change.addedNodes) {
+        if (one.classList?.contains("token")) window.order.push(one.closest(".column").getAttribute("aria-label"));
+      }
+    }
+  };
+  new MutationObserver(note).observe(document.getElementById("columns"), { childList: true, subtree: true });
+}"""
+"""Record the models of tokens in the order in which they are shown."""
+
+FAINT = """() => {
+  const parts = (text) => text.match(/[\\d.]+/g).map(Number);
+  const over = ([r, g, b, alpha = 1], below) => [r, g, b].map((one, i) => alpha * one + (1 - alpha) * below[i]);
+  const background = (one) => one ? over(parts(getComputedStyle(one).backgroundColor), background(one.parentElement)) : [255, 255, 255];
+  const linear = (value) => (value /= 255, value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  const light = (color) => color.map(linear).reduce((sum, one, i) => sum + one * [0.2126, 0.7152, 0.0722][i], 0.05);
+  const found = [];
+  for (const one of document.querySelectorAll("body *")) {
+    const hasText = [...one.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!hasText || one.closest(":disabled") || !one.checkVisibility()) continue;
+    const back = background(one);
+    const both = [light(over(parts(getComputedStyle(one).color), back)), light(back)];
+    if (Math.max(...both) / Math.min(...both) < 4.5) found.push([one.className, one.textContent]);
+  }
+  return found;
+}"""
+"""Return texts whose contrast is below 4.5."""
 
 
 def ask(page: Any, text: str, limit: int = 12) -> None:
@@ -125,6 +169,85 @@ def test_models_answer_side_by_side_as_over_http(page: Any, running: Running) ->
         assert json.loads(rows[0]) == first["token"] and len(rows) >= 10
         percent = 100 * math.exp(first["logprob"])
         assert float(rows[1].lstrip("<").rstrip("%")) == pytest.approx(percent, abs=0.1)
+
+
+@pytest.mark.clients
+def test_the_base_and_three_adapters_stream_at_the_same_time(
+    page: Any, start: Start, save_adapter: Callable[..., Path]
+) -> None:
+    for seed, name in enumerate(("three", "two-more"), start=3):
+        save_adapter(f"adapters/{name}", seed)
+    running = start()
+    page.goto(running.url)
+    page.locator("#models input").first.wait_for()
+    assert page.locator("#models :checked").count() == 4 and page.locator("#models :disabled").count() == 1
+    page.evaluate(RECORD)
+    ask(page, "Hello", 48)
+    order = page.evaluate("window.order")
+    shown = {one.get_attribute("aria-label") for one in page.locator(".column").all()}
+    assert set(order) == shown == {"tiny", *map(running.id, ("one", "three", "two"))}
+    assert max(order.index(name) for name in shown) < min(len(order) - order[::-1].index(name) for name in shown)
+    texts = page.locator(".answer").all_text_contents()
+    assert len(set(texts)) > 1 and page.locator(".answer").nth(0).locator(".differs").count() == 0
+    assert page.locator(".differs").count() > 0
+
+
+@pytest.mark.clients
+def test_names_prompts_and_answers_are_text(monkeypatch: pytest.MonkeyPatch, page: Any, start: Start) -> None:
+    running = start(name=HOSTILE)
+    say(monkeypatch, running, HOSTILE)
+    page.goto(running.url)
+    page.locator("#models input").first.wait_for()
+    page.locator(".card summary").first.click()
+    ask(page, HOSTILE, 60)
+    assert page.locator("h2").first.text_content() == page.locator(".user").first.text_content() == HOSTILE
+    assert HOSTILE in page.locator("#server").text_content()
+    assert page.locator(".card").first.locator("dd").first.text_content() == HOSTILE
+    for answer in page.locator(".answer").all():
+        assert "".join(answer.locator(".token:not(.special)").all_text_contents()) == HOSTILE
+    page.locator(".answer").first.focus()
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    assert page.evaluate("window.attacked") is None and page.locator("img, body script").count() == 0
+
+
+@pytest.mark.clients
+def test_widths_and_color_schemes(page: Any, running: Running) -> None:
+    """Nothing is cut off, turns begin at one height, and text has a contrast of 4.5 with its background (WCAG AA)."""
+    page.goto(running.url)
+    page.locator("#models input").first.wait_for()
+    page.locator("#models summary").first.click()
+    page.locator("main > details > summary").click()
+    page.evaluate("document.querySelector('.column h2').textContent += ' a long name'.repeat(5)")
+    for text in ("Hello", "And then?"):
+        ask(page, text)
+    ask(page, "word " * 400)
+    page.locator(".error").first.wait_for()
+    for width in (390, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 900})
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+            assert page.evaluate(FAINT) == []
+            for turn in range(2):
+                tops = {one.locator(".turn").nth(turn).bounding_box()["y"] for one in page.locator(".column").all()}
+                assert len(tops) == (3 if width < 1000 else 1)
+
+
+@pytest.mark.clients
+def test_an_adapter_that_is_gone_is_an_error_of_its_column(page: Any, running: Running) -> None:
+    page.goto(running.url)
+    page.locator("#models input").first.wait_for()
+    assert running.client.post("/v1/unload_lora_adapter", json={"lora_name": "two"}).status_code == 200
+    ask(page, "Hello")
+    assert page.locator(".error").count() == 1 and "two" in page.locator(".error").text_content()
+    assert page.locator("#status").text_content() == "1 of 3 answers are not complete."
+    page.locator("#refresh").click()
+    page.locator(".card").nth(2).wait_for(state="detached")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    ask(page, "Hello")
+    assert page.locator(".error").first.text_content() == "The server cannot be reached."
+    page.unroute_all()
 
 
 def streamed(route: Any) -> None:

@@ -105,7 +105,17 @@ function arrange() {
   columns.clear();
   for (const { value: id } of chosen) columns.set(id, kept.get(id) ?? column(id));
   at("columns").replaceChildren(...[...columns.values()].map((one) => one.element));
+  align();
   compare();
+}
+
+// The rows of all columns: the heading, then one for each turn.
+function align() {
+  const turns = Math.max(0, ...[...columns.values()].map((one) => one.answers.length));
+  for (const one of columns.values()) {
+    one.element.style.gridRow = `span ${1 + turns}`;
+    one.answers.forEach((body, turn) => { body.parentElement.style.gridRow = `${2 + turn}`; });
+  }
 }
 
 function column(id) {
@@ -165,6 +175,7 @@ async function answer(one, text, given, turn) {
   const element = make("div", "turn", "", asked, body, note);
   one.element.append(element);
   one.answers[turn] = body;
+  align();
   if (one === columns.values().next().value) element.scrollIntoView({ block: "nearest" });
   const system = at("system").value.trim();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...one.messages, { role: "user", content: text }];
