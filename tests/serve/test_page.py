@@ -212,17 +212,19 @@ def test_names_prompts_and_answers_are_text(monkeypatch: pytest.MonkeyPatch, pag
 
 
 @pytest.mark.clients
-def test_widths_and_color_schemes(page: Any, running: Running) -> None:
+def test_widths_and_color_schemes(monkeypatch: pytest.MonkeyPatch, page: Any, running: Running) -> None:
     """Nothing is cut off, turns begin at one height, and text has a contrast of 4.5 with its background (WCAG AA)."""
     page.goto(running.url)
     page.locator("#models input").first.wait_for()
     page.locator("#models summary").first.click()
     page.locator("main > details > summary").click()
+    say(monkeypatch, running, "A fox.")  # the model finds each of these tokens, and the end, unlikely
     page.evaluate("document.querySelector('.column h2').textContent += ' a long name'.repeat(5)")
     for text in ("Hello", "And then?"):
         ask(page, text)
     ask(page, "word " * 400)
     page.locator(".error").first.wait_for()
+    assert page.locator(".special.p0").count() == 6
     for width in (390, 1280, 1920):
         page.set_viewport_size({"width": width, "height": 900})
         for scheme in ("light", "dark"):
