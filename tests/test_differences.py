@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from numpy.random import Generator
 
-from lorakit.differences import Difference, mean_difference, metric_difference
+from lorakit.differences import Difference, mean_difference, metric_differences
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -27,6 +27,13 @@ def _documents(rng: Generator, n: int, mean: float, shape: str = "normal") -> tu
 
 def _difference(sums: np.ndarray, tokens: np.ndarray) -> Difference:
     return mean_difference((sums + 2 * tokens).tolist(), (2 * tokens).tolist(), tokens.astype(int).tolist())
+
+
+def metric_difference(
+    first: Callable[[np.ndarray], float], second: Callable[[np.ndarray], float], documents: Sequence[int], is_loss: bool
+) -> Difference:
+    (found,) = metric_differences(lambda rows: [first(rows)], lambda rows: [second(rows)], documents, [is_loss])
+    return found
 
 
 @pytest.mark.parametrize("shape", DRAWS)
@@ -144,6 +151,25 @@ def test_the_order_of_documents_does_not_matter() -> None:
     one, other = _difference(sums, tokens), _difference(sums[order], tokens[order])
     assert (one.value, one.error, one.freedom) == pytest.approx((other.value, other.error, other.freedom))
     assert one.verdict == "worse" and _difference(-sums, tokens).verdict == "better"
+
+
+def test_metrics_are_computed_together() -> None:
+    """A share that rises is better, and each set of rows is measured once for all metrics."""
+    rng, calls = np.random.default_rng(12), 0
+    first, second = (rng.random((2, 200)) < [[0.9], [0.3]]).astype(float)
+
+    def both(rows: np.ndarray) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [float(first[rows].mean()), float(1 - first[rows].mean())]
+
+    found = metric_differences(
+        both, lambda rows: [second[rows].mean(), 1 - second[rows].mean()], range(200), [False, True]
+    )
+    assert [one.verdict for one in found] == ["better", "better"] and found[0].value == pytest.approx(-found[1].value)
+    assert calls == 101
+    mean = mean_difference(first, second, [1] * 200, is_loss=False)
+    assert mean.verdict == "better" and mean.better == pytest.approx(float((first > second).mean()))
 
 
 def test_a_metric_that_parts_of_the_rows_do_not_define_has_no_interval() -> None:

@@ -120,7 +120,11 @@ def _quantile(freedom: float, probability: float) -> float:
 
 
 def mean_difference(
-    first: Sequence[float] | Array, second: Sequence[float] | Array, weights: Sequence[int] | Array
+    first: Sequence[float] | Array,
+    second: Sequence[float] | Array,
+    weights: Sequence[int] | Array,
+    *,
+    is_loss: bool = True,
 ) -> Difference:
     """Return the difference of two means over the targets of documents, such as of losses per token.
 
@@ -130,35 +134,44 @@ def mean_difference(
     kept = counts > 0
     sums, counts = sums[kept], counts[kept]
     value = math.fsum(sums) / math.fsum(counts)
-    better = float(np.mean(sums < 0))
+    better = float(np.mean(sums < 0 if is_loss else sums > 0))
     if len(counts) < 2:
-        return Difference(value, 0.0, 0.0, len(counts), better)
+        return Difference(value, 0.0, 0.0, len(counts), better, is_loss)
     without = (sums.sum() - sums) / (counts.sum() - counts)
-    return Difference(value, *_jackknife(without, counts), len(counts), better)
+    return Difference(value, *_jackknife(without, counts), len(counts), better, is_loss)
 
 
-def metric_difference(
-    first: Callable[[Array], float],
-    second: Callable[[Array], float],
+def metric_differences(
+    first: Callable[[Array], Sequence[float]],
+    second: Callable[[Array], Sequence[float]],
     documents: Sequence[int] | Array,
-    *,
-    is_loss: bool,
-) -> Difference:
-    """Return the difference of a metric, given functions that compute it over some rows.
+    losses: Sequence[bool],
+) -> list[Difference]:
+    """Return the differences of metrics, given functions that compute all of them over some rows.
 
     `documents` has the number of each row's document; the functions get the indices of the rows, shape (rows,), and
-    return NaN if these rows do not define the metric.
+    return NaN for metrics that these rows do not define. `losses` says of each metric whether a smaller value is
+    better.
     """
     numbers, document_of = np.unique(np.asarray(documents), return_inverse=True)
     parts = min(len(numbers), _MOST_PARTS)
-    value = first(np.arange(len(document_of))) - second(np.arange(len(document_of)))
+
+    def changes(rows: Array) -> Array:
+        return np.asarray(first(rows), float) - np.asarray(second(rows), float)
+
+    values = changes(np.arange(len(document_of)))
     if parts < 2:
-        return Difference(value, 0.0, 0.0, len(numbers), is_loss=is_loss)
+        return [
+            Difference(float(one), 0.0, 0.0, len(numbers), None, is_loss)
+            for one, is_loss in zip(values, losses, strict=True)
+        ]
     part_of = document_of * parts // len(numbers)
-    rest = [np.flatnonzero(part_of != part) for part in range(parts)]
-    without = np.array([first(rows) - second(rows) for rows in rest])
+    without = np.stack([changes(np.flatnonzero(part_of != part)) for part in range(parts)])
     sizes = np.bincount(part_of, minlength=parts).astype(float)
-    return Difference(value, *_jackknife(without, sizes), len(numbers), is_loss=is_loss)
+    return [
+        Difference(float(one), *_jackknife(column, sizes), len(numbers), None, is_loss)
+        for one, column, is_loss in zip(values, without.T, losses, strict=True)
+    ]
 
 
 def _jackknife(without: Array, sizes: Array) -> tuple[float, float]:

@@ -147,13 +147,23 @@ def test_verdicts_against_the_base_and_another_adapter(
     whole = results(data)
     assert "differences" not in whole["base"] and whole[first]["compared_with"] == "base"
     found = whole[first]["differences"]["loss"]
+    assert results(data, "--compare", "base") == whole
     assert found["difference"] == pytest.approx(whole[first]["loss"] - whole["base"]["loss"])
     assert found["documents"] == 48 and found["interval"][0] < found["difference"] < found["interval"][1]
     again = results(shuffled, "--batch-size", "1")[first]["differences"]["loss"]
     assert again.pop("verdict") == found.pop("verdict")
     assert again.pop("interval") == pytest.approx(found.pop("interval"), abs=1e-5)
     assert again == pytest.approx(found, abs=1e-5)
-    assert results(data, "--group", "who")[first]["differences"]["loss"]["documents"] == 24
+    written = tmp_path / "rows.jsonl"
+    grouped = results(data, "--group", "who", "--output-file", str(written))
+    assert grouped[first]["differences"]["loss"]["documents"] == 24
+    rows = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    assert [(row["name"], row["line"]) for row in rows] == [(one, n) for one in ("base", first) for n in range(1, 49)]
+    assert [row["document"] for row in rows[:24]] == [row["document"] for row in rows[24:48]]  # row n and n + 24
+    for name, found in grouped.items():
+        own = [row for row in rows if row["name"] == name]
+        assert sum(row["tokens"] for row in own) == found["tokens"]
+        assert sum(row["loss_sum"] for row in own) / found["tokens"] == pytest.approx(found["loss"], rel=1e-6)
     same = results(data, "--compare", second)
     assert list(same) == ["base", second, first] and same[first]["compared_with"] == second
     assert same[first]["differences"]["loss"]["verdict"] == "undecided"

@@ -91,9 +91,16 @@ def test_a_finished_classifier_is_measured_by_its_own_names(
     upper = jsonl(
         tmp_path / "upper.jsonl", [{"text": t, "label": n.title()} for t, n in zip(texts, labels, strict=True)]
     )
-    assert call("eval", "--data", lower, *flags) == 0
+    written = tmp_path / "rows.jsonl"
+    assert call("eval", "--data", lower, *flags, "--output-file", written) == 0
     expected = json.loads(capsys.readouterr().out)["results"]
     assert expected[0]["accuracy"] == 0.75
+    rows = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    assert [row["line"] for row in rows] == [*range(1, 21)] and {row["tokens"] for row in rows} == {1}
+    assert [row["accuracy"] for row in rows] == [float(at % 4 != 0) for at in range(20)]
+    assert sum(row["loss_sum"] for row in rows) / 20 == pytest.approx(expected[0]["loss"], rel=1e-6)
+    assert call("eval", "--data", lower, *flags, "--exact-match") == 2
+    assert "the task classification does not continue text" in capsys.readouterr().err
     assert expected[0]["majority"] == max(map(labels.count, set(labels))) / 20
     assert call("eval", "--data", upper, *flags) == 1
     assert "the model has `" in capsys.readouterr().err

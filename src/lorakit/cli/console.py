@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import sys
 import traceback as traceback_module
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lorakit.errors import printable
+from lorakit.durable import temporary_name
+from lorakit.errors import DiskError, printable
 from lorakit.tables import NARROW, columns
-from lorakit.terminal import write_line
+from lorakit.terminal import json_line, write_line
 
 if TYPE_CHECKING:
     from lorakit.durable import JsonValue
@@ -103,3 +106,24 @@ def _finite(value: JsonValue) -> JsonValue:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+@contextmanager
+def row_writer(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """Yield a function that writes a row to standard output, or to a new file, kept only if the block succeeds.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
+    if path is None:
+        yield lambda row: write_line(json_line(row), wraps=False)
+        return
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            yield lambda row: stream.write(json_line(row) + "\n")
+        temporary.replace(path)
+    except OSError as cause:
+        raise DiskError(f"{path}: the rows cannot be written ({cause.strerror}).", where=path) from cause
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -99,6 +99,13 @@ def check_new_directory(target: Path) -> None:
         raise UsageError(f"{target}: is not empty and will not be overwritten; pass a new --output-dir.", where=target)
 
 
+def check_new_file(target: Path | None) -> None:
+    """Raise UsageError if the file of `--output-file` exists."""
+    if target is not None and target.exists():
+        text = f"{target}: the file exists and will not be overwritten; pass a new --output-file."
+        raise UsageError(text, where=target, field="output_file")
+
+
 def check_choice(name: str, value: str | None, allowed: Sequence[str]) -> None:
     """Raise ConfigError if a setting is given, but does not have one of its allowed values."""
     if value is not None and value not in allowed:

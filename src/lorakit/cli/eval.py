@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -16,10 +17,46 @@ from lorakit.terminal import working
 from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.session import Evaluation, Measured
+    from lorakit.session import AnswerMetrics, Evaluation, Measured
 
 ALONE = "base"
 """Value of --compare for the model without adapters."""
+
+
+@dataclass(frozen=True)
+class AnswerFlags:
+    """Flags about the metrics of answers to rows of prompt and answer."""
+
+    exact_match: Annotated[
+        bool,
+        Parameter(negative=(), help="Generate an answer to each prompt, and compare it with the answer of the row."),
+    ] = False
+    regex: Annotated[
+        str | None,
+        Parameter(
+            help="Generate answers, and search them for this regular expression. If it has a group, the first group "
+            "must have the same text as in the answer of the row."
+        ),
+    ] = None
+    choices: Annotated[
+        list[str] | None,
+        Parameter(help="Possible answers; the most likely one is compared with the answer of the row."),
+    ] = None
+    normalize_choices: Annotated[
+        bool, Parameter(negative=(), help="Divide the log-likelihood of each choice by its number of characters.")
+    ] = False
+    max_new_tokens: Annotated[int, Parameter(help="Maximum length of a generated answer in tokens.")] = 256
+
+    def metrics(self) -> AnswerMetrics:
+        """Return the metrics of answers; this imports torch.
+
+        Raises:
+            ConfigError: The expression is not valid, or the choices are not different answers.
+        """
+        from lorakit.session import AnswerMetrics
+
+        choices = tuple(self.choices or ())
+        return AnswerMetrics(self.exact_match, self.regex, choices, self.normalize_choices, self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +73,11 @@ class Flags:
     group: Annotated[
         str | None, Parameter(help="Count rows with equal values of this column as one document of the interval.")
     ] = None
+    output_file: Annotated[
+        Path | None,
+        Parameter(help="JSON Lines file to write with the results of each row, for the base and each adapter."),
+    ] = None
+    answers: Annotated[AnswerFlags, Parameter(name="*")] = AnswerFlags()
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
     max_length: adapters.LengthFlag = None
@@ -66,6 +108,8 @@ def run(
     early.check_data(flags.data)
     flags.reading.check()
     flags.labels.check()
+    early.check_at_least("max_new_tokens", flags.answers.max_new_tokens, 1)
+    early.check_new_file(flags.output_file)
     model = early.check_base(flags.model, flags.base.revision, flags.adapter)
     if flags.compare is not None and not flags.adapter:
         raise UsageError(
@@ -83,6 +127,7 @@ def run(
     named = dict(zip(folders, files, strict=True))
     spec = session_spec(model, named, flags.base.options(model), CAUSAL_LM.name, console.note)  # the data decides
     allowed = spec.task.task.formats if named else ()
+    metrics = flags.answers.metrics()
     with adapters.naming_flags(BaseFlags), working("evaluating"):
         records = read_records(flags.data, flags.reading.request(allowed, flags.group).with_usual(spec.rows))
         for one in files:
@@ -90,14 +135,17 @@ def run(
             if seen is not None:
                 console.note(seen)
         rows = EvalRows(records, flags.labels.options(), spec.max_length(flags.max_length), flags.batch_size)
-        measured = compare(spec, rows, reference, console.note, console.note if verbose else console.quiet)
+        detail = console.note if verbose else console.quiet
+        (measured,) = compare(spec, [rows], reference, console.note, detail, metrics)
+    if flags.output_file is not None:
+        with console.row_writer(flags.output_file) as write:
+            for row in (row for each in measured for row in each.rows(records)):
+                write(row)
     if json:
         results = [{"name": one.name, **_values(one)} for one in measured]
         console.emit_json({"model": spec.source.given, "data": flags.data, "results": results})
         return
-    console.say(
-        "\n\n".join(filter(None, [_table([(one.name, one.evaluation) for one in measured]), _verdicts(measured)]))
-    )
+    console.say("\n\n".join(filter(None, [_table(measured), _verdicts(measured)])))
 
 
 def _reference(name: str | None, folders: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -113,7 +161,8 @@ def _reference(name: str | None, folders: dict[str, str]) -> tuple[str, dict[str
 def _values(measured: Measured) -> dict[str, Any]:
     one = measured.evaluation
     undefined = {"undefined": one.undefined} if one.undefined else {}
-    values = {"loss": one.loss, "tokens": one.tokens, **(one.metrics or {"perplexity": one.perplexity}), **undefined}
+    metrics = {**(one.metrics or {"perplexity": one.perplexity}), **measured.answer_metrics}
+    values = {"loss": one.loss, "tokens": one.tokens, **metrics, **undefined}
     compared = {name: difference.as_dict() for name, difference in measured.differences.items()}
     return {**values, **({"compared_with": measured.reference, "differences": compared} if compared else {})}
 
@@ -127,12 +176,18 @@ def _verdicts(measured: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def _table(named: Sequence[tuple[str, Evaluation]]) -> str:
-    """Return the named as a table; metrics of single classes are listed below it."""
+def _table(measured: Sequence[Measured]) -> str:
+    """Return measurements as a table; metrics of single classes are listed below it."""
+    named = [(one.name, one.evaluation) for one in measured]
     metrics = [name for name in named[0][1].metrics if "/" not in name]
     if not named[0][1].metrics:
-        rows = [[name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"] for name, one in named]
-        return console.table(["", "loss", "perplexity", "tokens"], rows)
+        answers = [*measured[0].answer_metrics]
+        rows = [
+            [name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", f"{one.tokens:,}"]
+            + [f"{whole.answer_metrics[key]:.4f}" for key in answers]
+            for (name, one), whole in zip(named, measured, strict=True)
+        ]
+        return console.table(["", "loss", "perplexity", "tokens", *answers], rows)
     rows = [[name, f"{one.loss:.4f}", *(_shown(one, key) for key in metrics)] for name, one in named]
     reasons = {f"{key}: undefined, because {reason}." for _, one in named for key, reason in one.undefined.items()}
     table = "\n".join([console.table(["", "loss", *metrics], rows), *sorted(reasons)])

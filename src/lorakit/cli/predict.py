@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -15,10 +13,9 @@ from lorakit import allocator
 from lorakit.choices import TASK_NAMES
 from lorakit.cli import adapters, console, early
 from lorakit.cli.flag_groups import BASE, ROWS, BaseFlags, RowFlags, TagSchemeFlag
-from lorakit.durable import temporary_name
-from lorakit.errors import DiskError, UsageError
+from lorakit.errors import UsageError
 from lorakit.tables import format_count
-from lorakit.terminal import json_line, working, write_line
+from lorakit.terminal import working
 from lorakit.train.settings.defaults import DEFAULTS, choices_of
 
 
@@ -89,7 +86,7 @@ def run(
     count = 0
     with working("predicting"):
         first = list(itertools.islice(rows, 1))
-        with _opened(flags.output_file) as write:
+        with console.row_writer(flags.output_file) as write:
             for row in itertools.chain(first, rows):
                 write(row)
                 count += 1
@@ -114,24 +111,5 @@ def _check(files: list[str], flags: Flags) -> str | None:
     early.check_choice("tag_scheme", flags.tag_scheme, choices_of("tag_scheme"))
     early.check_choice("task", flags.task, TASK_NAMES)
     model = early.check_base(flags.model, flags.base.revision, [flags.adapter] if flags.adapter is not None else [])
-    if flags.output_file is not None and flags.output_file.exists():
-        text = f"{flags.output_file}: the file exists and will not be overwritten; pass a new --output-file."
-        raise UsageError(text, where=flags.output_file, field="output_file")
+    early.check_new_file(flags.output_file)
     return model
-
-
-@contextmanager
-def _opened(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
-    """Yield a function that writes a row to standard output, or to a new file, kept only if the block succeeds."""
-    if path is None:
-        yield lambda row: write_line(json_line(row), wraps=False)
-        return
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            yield lambda row: stream.write(json_line(row) + "\n")
-        temporary.replace(path)
-    except OSError as cause:
-        raise DiskError(f"{path}: the predictions cannot be written ({cause.strerror}).", where=path) from cause
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorakit.session.answers import AnswerMetrics
 from lorakit.session.coding import EvalRows, RowsToPredict, to_predict
 from lorakit.session.comparing import Measured, compare
 from lorakit.session.measuring import Evaluation
@@ -12,6 +13,7 @@ from lorakit.session.spec import SessionOptions, SessionSpec, session_spec
 
 __all__ = [
     "Answer",
+    "AnswerMetrics",
     "EvalRows",
     "Evaluation",
     "Measured",
