@@ -252,6 +252,13 @@ def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tin
         generate(tiny_gpt2, [1], max_new_tokens=1)
 
 
+def test_each_prompt_is_checked_once(tiny_gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int | None] = []
+    monkeypatch.setattr(Sampling, "check_vocabulary", lambda _, size: checks.append(size))
+    list(generate_batch(tiny_gpt2, PROMPTS[:2], max_new_tokens=1))
+    assert checks == [512, 512]
+
+
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [

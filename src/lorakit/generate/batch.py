@@ -118,13 +118,11 @@ def generate_batch(
     bank = AdapterBank(together=[*dict.fromkeys(filter(None, names))], by_row=True)
     engine = Engine(model, rows=len(rows), prefix_tokens=longest, bank=bank, scope=scope)
     for number, row in enumerate(rows, 1):
-        engine.check(row, f"prompt {number} of {len(rows)}" if len(rows) > 1 else "the prompt")
-    return _tokens(engine, rows)
+        engine.submit(row, f"prompt {number} of {len(rows)}" if len(rows) > 1 else "the prompt")
+    return _tokens(engine)
 
 
-def _tokens(engine: Engine, rows: Sequence[Continuation]) -> Iterator[NewToken]:
-    for row in rows:
-        engine.submit(row)
+def _tokens(engine: Engine) -> Iterator[NewToken]:
     while not engine.is_idle:
         for new in engine.step(chunks=None):
             if isinstance(new, Failure):

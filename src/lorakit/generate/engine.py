@@ -67,8 +67,8 @@ class Engine:
         self._taken = 0  # number of turns
         self.submitted = 0
 
-    def check(self, given: Continuation, which: str = "the prompt") -> None:
-        """Check a continuation without submitting it; `which` names the prompt in messages.
+    def submit(self, given: Continuation, which: str = "the prompt") -> int:
+        """Add a row, which waits for its turn, and return its number; `which` names the prompt in messages.
 
         Raises:
             UsageError: The prompt is empty, contains ids outside the vocabulary, leaves no room for new tokens, or
@@ -76,9 +76,19 @@ class Engine:
             ConfigError: `max_new_tokens` is below 1, or the sampling has token ids outside the vocabulary.
             RouteError: The adapter is not on the model.
         """
-        self._checked(given, which)
+        row = self._checked(given, which)
+        if waits_for_tokens(self._model):
+            ids = torch.tensor([given.prompt], device=self._passes.device)
+            row.starts = invoked(self._model, ids)
+            if given.adapter is not None:
+                row.begin = len(given.prompt) - prompt_offset(self._model, ids[0], given.adapter)
+        self._waiting.append(row)
+        for key in row.turns:  # before the last one, but not before those that wait longer: they would wait forever
+            self._turns.setdefault(key, self._taken - 1)
+        self.submitted += 1
+        return row.number
 
-    def _checked(self, given: Continuation, which: str = "the prompt") -> Row:
+    def _checked(self, given: Continuation, which: str) -> Row:
         if given.max_new_tokens < 1:
             raise ConfigError.of("max_new_tokens", given.max_new_tokens, "at least 1")
         weight = embedding_weight(self._model)
@@ -97,24 +107,6 @@ class Engine:
             )
             raise UsageError(text, what=row.blocks * BLOCK, field="max_new_tokens", where=which)
         return row
-
-    def submit(self, given: Continuation) -> int:
-        """Add a row, which waits for its turn, and return its number.
-
-        Raises:
-            LorakitError: See `check`.
-        """
-        row = self._checked(given)
-        if waits_for_tokens(self._model):
-            ids = torch.tensor([given.prompt], device=self._passes.device)
-            row.starts = invoked(self._model, ids)
-            if given.adapter is not None:
-                row.begin = len(given.prompt) - prompt_offset(self._model, ids[0], given.adapter)
-        self._waiting.append(row)
-        for key in row.turns:  # before the last one, but not before those that wait longer: they would wait forever
-            self._turns.setdefault(key, self._taken - 1)
-        self.submitted += 1
-        return row.number
 
     def cancel(self, number: int) -> None:
         """End a row, if it has not ended, and free its memory."""
