@@ -282,13 +282,15 @@ class _Prefixes:
 
 
 def rows_are_independent(model: nn.Module, adapters: Sequence[str] = (), rows: int = 32) -> bool:
-    """Return whether a row's logits have the same bits alone and beside others, for these adapters and the base.
+    """Return whether a row's logits have the same bits alone and with others, for these adapters and the base.
 
     It depends on the processor, the dtype, the shapes and the versions of libraries, so it is tried.
     """
     passes, names = Passes(model, AdapterBank(together=adapters, by_row=True), None), (*adapters, None)
+    weight = embedding_weight(model)
+    ids = [token % (38 if weight is None else weight.shape[0]) for token in range(1, 38)]
     group = [
-        Row(i, Continuation(tuple(range(1, 2 + 5 * i % 37)), 2, adapter=names[i % len(names)]), 1, Sampler(Sampling()))
+        Row(i, Continuation((*ids[: 1 + 5 * i % 37],), 2, adapter=names[i % len(names)]), 1, Sampler(Sampling()))
         for i in range(rows)
     ]
     for row in group:
