@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lorakit import open_session
-from lorakit.errors import RunError, UnknownModelError, UsageError
+from lorakit import core, open_session
+from lorakit.errors import AdapterFileError, RunError, UnknownModelError, UsageError
 from lorakit.generate import Continuation, Failure
 from lorakit.generate.rows import Event
 from lorakit.registry import Registry, Version
@@ -193,3 +193,44 @@ def test_a_registry_that_disappears_changes_nothing(tiny_model_directory: Path, 
         service.publish()
         assert set(service.faults) == {""}
         assert Reply(service, service.find("it"), PROMPTS[0]).tokens()
+
+
+def test_a_version_that_cannot_be_served_is_read_once(
+    tiny_model_directory: Path, registry: Registry, save_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = core.read_adapter, list[Path]()
+    monkeypatch.setattr(core, "read_adapter", lambda folder: reads.append(folder) or read(folder))
+    with served(tiny_model_directory, Sources([registry.folder])) as service:
+        before, reads[:] = service.find("it").id, []
+        version = registry.add("it", save_adapter("new", 2)).version
+        weights = version.folder / "adapter_model.safetensors"
+        contents = weights.read_bytes()
+        weights.chmod(0o600)
+        weights.write_bytes(contents[:-8])
+        for _ in range(3):
+            service.publish()
+            assert isinstance(service.faults["it"], AdapterFileError) and service.find("it").id == before
+        assert reads == [version.folder]
+        weights.write_bytes(contents)
+        assert service.load("it").id == service.find("it").id == version.id
+        service.publish()
+        assert not service.faults
+
+
+def test_a_name_in_two_registries_stops_no_other(
+    tiny_model_directory: Path, registry: Registry, save_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = Registry(tmp_path / "second")
+    other.add("other", save_adapter("other", 3))
+    with served(tiny_model_directory, Sources([registry.folder, other.folder])) as service:
+        before = service.find("it").id
+        other.add("it", save_adapter("it", 4))
+        new = registry.add("new", save_adapter("new", 5)).version.id
+        service.publish()
+        assert isinstance(service.faults["it"], UsageError) and set(service.faults) == {"it"}
+        assert (service.find("it").id, service.find("new").id) == (before, new)
+        with pytest.raises(UsageError):
+            Sources([registry.folder, other.folder])
+        other.remove("it")
+        service.publish()
+        assert not service.faults and service.find("it").id == before

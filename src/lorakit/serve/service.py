@@ -19,13 +19,14 @@ from typing import TypeVar
 
 from lorakit import __version__, core, hub
 from lorakit.core import AdapterBank
-from lorakit.errors import AdapterError, BusyError, LorakitError, RunError, UnknownModelError, UsageError
+from lorakit.errors import AdapterError, BusyError, DiskError, LorakitError, RunError, UnknownModelError, UsageError
 from lorakit.generate import Continuation, Engine, Failure, NewToken, context_tokens, rows_are_independent
 from lorakit.generate.rows import Event
 from lorakit.registry import Lease, Version
 from lorakit.serve.served import Served, check_servable
 from lorakit.serve.sources import Sources
 from lorakit.session import Session
+from lorakit.session.tokenizers import SavedTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Service:
         self._loaded: dict[str, Served] = {}
         self._current: dict[str, str] = {}
         self._hidden: set[str] = set()  # names that were unloaded
+        self._rejected: dict[str, LorakitError] = {}  # versions that cannot be served
         self._leases: dict[str, Lease | None] = {}
         self._sinks: dict[int, tuple[Sink, Served]] = {}
         self._uses: Counter[str] = Counter()
@@ -189,6 +191,7 @@ class Service:
                 version = self._sources.resolve(given)
             except (AdapterError, UsageError) as error:
                 raise UnknownModelError(error.message, **error.fields) from error
+            self._rejected.pop(version.id, None)
             served = self._load(version)
             if given == version.name:
                 self._hidden.discard(given)
@@ -236,6 +239,9 @@ class Service:
                     self._switch(name, version.id)
                 except Exception as error:  # noqa: BLE001 - the other names are published
                     faults[name] = _fault(error)
+            for name, fault in faults.items():
+                if name not in self.faults or self.faults[name].message != fault.message:
+                    log.warning("%s is not published: %s", name, fault)
             self.faults = faults
             for name in [name for name in self._current if name not in current and name not in faults]:
                 self._remove(name)
@@ -251,9 +257,7 @@ class Service:
             raise UsageError(text, what=version.name, where=version.folder, field="adapters")
         lease = self._sources.lease(version)
         try:
-            files = core.read_adapter(version.folder)
-            check_servable(self.session, files)
-            tokenizer = hub.adapter_tokenizer(version.folder) or self.session.spec.tokenizer
+            files, tokenizer = self._read(version)
             name = f"version-{next(self._numbers)}"
             served = Served.of(self.session, version.id, tokenizer, name, files)
             self._do(lambda: self._add(served, files, lease)).result()
@@ -262,6 +266,19 @@ class Service:
                 lease.release()
             raise
         return served
+
+    def _read(self, version: Version) -> tuple[core.AdapterFiles, SavedTokenizer]:
+        """Read and check a version; one that was rejected is not read again, since its files do not change."""
+        if version.id in self._rejected:
+            raise self._rejected[version.id].with_traceback(None)
+        try:
+            files = core.read_adapter(version.folder)
+            check_servable(self.session, files)
+            return files, hub.adapter_tokenizer(version.folder) or self.session.spec.tokenizer
+        except LorakitError as error:
+            if not isinstance(error, DiskError):
+                self._rejected[version.id] = error
+            raise
 
     def _add(self, served: Served, files: core.AdapterFiles, lease: Lease | None) -> None:
         assert served.adapter is not None

@@ -27,7 +27,7 @@ class Sources:
             the adapter's name.
 
     Attributes:
-        faults: Name -> why its current version cannot be read.
+        faults: Name -> why its current version cannot be read, or that two sources have the name.
 
     Raises:
         UsageError: A directory contains no adapter, two adapters have the same name, or a name is not valid.
@@ -48,6 +48,9 @@ class Sources:
             for name, folder in folders.items():
                 self._add(name, folder)
         self.current()
+        for fault in self.faults.values():
+            if isinstance(fault, UsageError):
+                raise fault
 
     def _add(self, name: str, folder: Path) -> None:
         if name in self._fixed:
@@ -56,10 +59,9 @@ class Sources:
         self._fixed[check_name(name)] = Version(name, content_hash(folder), folder)
 
     def current(self) -> dict[str, Version]:
-        """Return the current version of each name; only files of registries that changed are read.
+        """Return the current version of each name without a fault; only files of registries that changed are read.
 
         Raises:
-            UsageError: Two sources have the same name.
             AdapterFileError: A directory is no longer a registry.
         """
         found = dict(self._fixed)
@@ -71,9 +73,10 @@ class Sources:
             for name in names.entries:
                 if name in found:
                     text = f"two sources have the name {name!r}: {found[name].folder} and {names.registry.folder}."
-                    raise UsageError(text, what=name, where=names.registry.folder, field="adapters")
-                found[name] = names.registry.resolve(name, names.entries)
-        return found
+                    self.faults[name] = UsageError(text, what=name, where=names.registry.folder, field="adapters")
+                else:
+                    found[name] = names.registry.resolve(name, names.entries)
+        return {name: version for name, version in found.items() if name not in self.faults}
 
     def resolve(self, given: str) -> Version:
         """Return the version for `NAME`, `NAME@HASH12` or `NAME@TAG`.
