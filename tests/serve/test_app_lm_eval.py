@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lorakit import cli
+from lorakit import cli, open_session
 
 from .conftest import serving_process
 
@@ -32,6 +32,7 @@ QUESTIONS = [
     {"prompt": "The quick brown", "choices": [" system", " fox jumps"], "label": 1},
     {"prompt": "for i in", "choices": [" range(10):", " matrices", " the dog", " A"], "label": 3},
 ]
+STOPS = ["o", "\n"]
 TASKS: dict[str, dict[str, Any]] = {
     "texts": {  # lm-eval scores a text after an end token, lorakit with the end token after it: the rows have both
         "output_type": "loglikelihood_rolling",
@@ -53,6 +54,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
+    "continued": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": STOPS, "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+    },
 }
 
 
@@ -61,7 +69,12 @@ def tasks(tmp_path: Path) -> Path:
     """A directory with the tasks, and the rows of each: a row of `answers` is a choice of `questions`."""
     questions = [{**one, "choices": [text + END for text in one["choices"]]} for one in QUESTIONS]
     answers = [{"prompt": one["prompt"], "completion": text} for one in questions for text in one["choices"]]
-    rows = {"texts": [{"text": END + text + END} for text in TEXTS], "answers": answers, "questions": questions}
+    rows = {
+        "texts": [{"text": END + text + END} for text in TEXTS],
+        "answers": answers,
+        "questions": questions,
+        "continued": questions,
+    }
     folder = tmp_path / "tasks"
     folder.mkdir()
     for name, given in TASKS.items():
@@ -74,14 +87,11 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def harness(url: str, model: str, tokenizer: Path, tasks: Path, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the results of each task, and its answers: the log-likelihoods of each document, as text."""
-    given = {"model": model, "base_url": f"{url}/v1/completions", "tokenizer": tokenizer, "max_length": LONGEST + 1}
-    # lm-eval keeps one token of max_length for an answer
+    """Return the results of each task, and its answers to each document: log-likelihoods, or a text."""
+    length = LONGEST + 1  # lm-eval keeps one token for an answer
+    given = f"model={model},base_url={url}/v1/completions,tokenizer={tokenizer},max_length={length}"
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--include_path", str(tasks)]
-    command += [
-        "--model_args",
-        ",".join(f"{name}={value}" for name, value in given.items()) + ",tokenized_requests=True",
-    ]
+    command += ["--model_args", f"{given},tokenized_requests=True"]
     command += ["--tasks", ",".join(TASKS), "--batch_size", "4", "--log_samples", "--output_path", str(output)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(output / "cache"), "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -121,17 +131,26 @@ def test_scores_are_those_of_eval(
     texts, answers = evaluated(tasks / "texts.jsonl"), evaluated(tasks / "answers.jsonl")
     rows = (tasks / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     single = [evaluated(_written(tasks / f"answer-{number}.jsonl", row)) for number, row in enumerate(rows)]
+    with open_session(str(tiny_model_directory), {"one": str(adapter)}) as session:
+        continued = {
+            name: [
+                session.generate(one["prompt"], adapter=used, chat=False, max_new_tokens=8, stop=STOPS).text
+                for one in QUESTIONS
+            ]
+            for name, used in {"base": None, "one": "one"}.items()
+        }
     size = sum(len(f"{text}{END}".encode()) for text in TEXTS)
-    assert set(found) == set(texts) and abs(texts["base"] - texts["one"]) > 1
-    for name, (results, likelihoods) in found.items():
+    assert set(found) == set(texts) and abs(texts["base"] - texts["one"]) > 1 and any(continued["one"])
+    for name, (results, responses) in found.items():
         assert results["texts"]["bits_per_byte"] == pytest.approx(texts[name] / size / math.log(2), rel=1e-6)
         assert math.log(results["answers"]["perplexity"]) == pytest.approx(answers[name] / len(rows), rel=1e-6)
         losses = [one[name] for one in single]
-        assert [-float(one[0][0]) for one in likelihoods["answers"]] == pytest.approx(losses, rel=1e-6)
+        assert [-float(one[0][0]) for one in responses["answers"]] == pytest.approx(losses, rel=1e-6)
         rest = iter(losses)
         of_choices = [list(islice(rest, len(one["choices"]))) for one in QUESTIONS]
         right = sum(found.index(min(found)) == one["label"] for one, found in zip(QUESTIONS, of_choices, strict=True))
         assert right and results["questions"]["acc"] == pytest.approx(right / len(QUESTIONS))
+        assert [one for (one,) in responses["continued"]] == continued[name]
 
 
 def _written(file: Path, row: str) -> Path:
