@@ -168,6 +168,44 @@ def test_rows_with_invocation_tokens_continue_as_each_does_alone(specimen: Speci
         assert found[row] == expected
 
 
+def test_an_adapter_with_invocation_tokens_can_come_and_go_while_others_continue() -> None:
+    model = adapted(long_llama(), "plain")
+    prompt, found = (*LONG[:30], 7, 8, *LONG[30:40]), defaultdict(list)
+    engine = Engine(model, bank=core.AdapterBank(slots=8, by_row=True, is_constant=True))
+    before = [Continuation(prompt, 12), Continuation(prompt, 12, adapter="plain")]
+    after = [Continuation(prompt, 5, adapter="alora"), Continuation((9,) * 20, 5, adapter="alora")]
+
+    def go(steps: int, *rows: Continuation) -> None:
+        for row in rows:
+            engine.submit(row)
+        for event in (event for _ in range(steps) for event in engine.step()):
+            found[event.row].append(event)
+
+    go(3, *before)
+    adapted(model, "alora")
+    go(7, *after)
+    alone = [tokens(run(Engine(model), [row])[0]) for row in (*before, *after)]
+    engine.forget("alora")
+    core.detach(model, "alora")
+    go(9)
+    assert [tokens(found[number]) for number in range(4)] == alone
+    assert len({tuple(one) for one in alone}) == 4
+
+
+def test_the_base_continues_when_the_only_adapter_with_invocation_tokens_goes() -> None:
+    model = long_llama()
+    row = Continuation((*LONG[:9], 7, 8), 8)
+    alone = tokens(run(Engine(model), [row])[0])
+    engine = Engine(adapted(model, "alora"))
+    engine.submit(row)
+    found = engine.step()
+    engine.forget("alora")
+    core.detach(model, "alora")
+    while not engine.is_idle:
+        found += engine.step()
+    assert tokens(found) == alone
+
+
 def test_a_prompt_that_begins_like_another_reads_only_the_rest() -> None:
     model = adapted(long_llama(), "plain", "alora")
     seen: list[int] = []

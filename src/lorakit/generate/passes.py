@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import AdapterBank, continued, one_pass, route, use, without_adapters
+from lorakit.core import AdapterBank, continued, one_pass, route, use, waits_for_tokens, without_adapters
 from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, RowCountError
 from lorakit.generate.rows import Row
@@ -99,9 +99,9 @@ class Passes:
     def proceed(self, rows: Sequence[Row]) -> Tensor:
         """Process the last token of each row, and return the logits (rows, vocabulary) for the next ones."""
         tokens = torch.tensor([[row.last] for row in rows], device=self.device)
-        starts = [row.starts for row in rows if row.starts is not None]
+        starts = continued(self._model, [row.starts for row in rows]) if waits_for_tokens(self._model) else None
         scope = self._scope(tuple(row.given.adapter for row in rows), find_state(self._model))
-        return self._over(rows, tokens, scope, continued(self._model, starts) if starts else None)[:, -1]
+        return self._over(rows, tokens, scope, starts)[:, -1]
 
     def reset(self) -> None:
         """Drop the factors of all adapters, and all keys and values."""

@@ -96,7 +96,7 @@ class Row:
     Attributes:
         room: Maximum number of new tokens, which the model's context may limit.
         starts: Context manager for aLoRA adapters, with the positions of the prompt from which they are active, or None
-            if the model has no such adapters.
+            if the model had no such adapters when the row was submitted.
         begin: First position that the adapter computes; before it, an aLoRA adapter leaves the prompt to the base.
         stored: The tokens that the model has processed.
         digest: Hash of the chunks of the prompt that were read.

@@ -250,11 +250,14 @@ def invoked(
     return state.override(None, prompt_offsets(state, input_ids, attention_mask))
 
 
-def continued(model: nn.Module, prompts: Sequence[Override]) -> Override:
-    """Return a context manager for a forward pass over one more token of each row, after `invoked` read its prompt."""
+def continued(model: nn.Module, prompts: Sequence[Override | None]) -> Override:
+    """Return a context manager for a forward pass over one more token of each row, after `invoked` read its prompt.
+
+    None is for a row whose prompt was read before the model had an aLoRA adapter.
+    """
     state = state_of(model)
     waiting = tuple(sorted(state.waiting))
-    offsets = [prompt.offsets for prompt in prompts]
+    offsets = [None if prompt is None else prompt.offsets for prompt in prompts]
     backs = [
         [int(one is not None and name in one.adapters and bool(one.of(name))) for one in offsets] for name in waiting
     ]
