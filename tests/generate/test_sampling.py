@@ -38,6 +38,13 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: list[float]) -
     assert torch.allclose(probabilities(LOGITS, Sampling(1.0, top_p=top_p)), torch.tensor(kept).float(), atol=1e-6)
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 1e-20])
+def test_a_tiny_top_p_keeps_one_of_equal_tokens(top_p: float) -> None:
+    """As for the logits of a saved head of zeros."""
+    found = probabilities(torch.zeros(1000), Sampling(1.0, top_p=top_p))
+    assert found.count_nonzero() == found.sum() == 1
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.9, 0.999, 1 - 1e-7])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
 def test_top_p_of_flat_and_peaked_distributions(top_p: float, spread: float) -> None:

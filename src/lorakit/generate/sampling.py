@@ -194,7 +194,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     p = torch.softmax(z, dim=-1)
     if sampling.top_p < 1:
         # all tokens below this value together have at most 1 - top_p, so none of them is kept or need be sorted
-        largest = (p > (1 - sampling.top_p) / p.numel()).nonzero().flatten()
+        least = p.amax().clamp_max((1 - sampling.top_p) / p.numel())  # not above the maximum of equal probabilities
+        largest = (p >= least).nonzero().flatten()
         ordered, order = p[largest].sort(descending=True, stable=True)
         reached_before = ordered.cumsum(-1) - ordered
         kept = largest[order[reached_before < sampling.top_p]]
