@@ -28,11 +28,11 @@ def test_each_answer_is_that_of_the_conversation_so_far(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter = save_adapter("it", 3)
-    lines = "hello\nand then\n/base\nagain?\n/again\n/reset\nhello\n/quit\nnot read\n"
+    lines = "hello\nhello\n/base\nagain?\n/again\n/reset\nhello\n/quit\nnot read\n"
     out, _ = talk(monkeypatch, capsys, lines, "--adapter", adapter, "--model", tiny_model_directory, "--system", "be")
     expected, messages, seed = [], [{"role": "system", "content": "be"}], 0
     with open_session(str(tiny_model_directory), {"it": adapter}) as session:
-        for text, name in (("hello", "it"), ("and then", "it"), ("again?", None), ("again?", None), ("hello", None)):
+        for text, name in (("hello", "it"), ("hello", "it"), ("again?", None), ("again?", None), ("hello", None)):
             if seed == 3:
                 messages = messages[:-2]
             if seed == 4:

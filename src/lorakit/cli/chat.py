@@ -130,7 +130,7 @@ class Chat:
                 if command.startswith("/"):
                     self._obey(command, rest.strip())
                 elif command:
-                    self._answer({"role": "user", "content": line})
+                    self._answer(self.messages, {"role": "user", "content": line})
             except LorakitError as error:
                 console.error(str(error))
 
@@ -142,7 +142,7 @@ class Chat:
         elif command == "/reset":
             self.messages.clear()
         elif command == "/again" and self.messages:
-            self._answer(self.messages[-2])
+            self._answer(self.messages[:-2], self.messages[-2])
         elif command == "/help":
             console.note(COMMANDS)
         else:
@@ -150,11 +150,10 @@ class Chat:
             text = f"{command} {rest}".strip() + f" is not possible here; /help lists the commands (adapters: {known})."
             raise UsageError(text, what=command, field="command", allowed=tuple(self.names))
 
-    def _answer(self, question: dict[str, str]) -> None:
-        """Answer a message; an answer that is interrupted stays in the conversation as it is."""
+    def _answer(self, before: list[dict[str, str]], question: dict[str, str]) -> None:
+        """Answer a message after others; an answer that is interrupted stays in the conversation as it is."""
         from lorakit.session.prompts import conversation
 
-        before = self.messages[: self.messages.index(question)] if question in self.messages else self.messages
         system = [{"role": "system", "content": self.system}] if self.system else []
         name = None if self.adapter is None else self.names[self.adapter]
         prompt = conversation({"messages": [*system, *before, question]}, "messages")
