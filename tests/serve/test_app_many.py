@@ -46,7 +46,8 @@ def conversation(
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
         for _ in range(count):
             name, prompt = pick.choice(NAMES), pick.choice(PROMPTS)
-            model = pick.choices([name, pick.choice(ids[name]), BASE], [8, 2, 1])[0]
+            # the base is asked as often as each name: they take turns, so that more requests would wait for each other
+            model = pick.choices([name, pick.choice(ids[name]), BASE], [32, 8, 1])[0]
             given = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": NEW}
             if pick.random() < 0.1:
                 leave(client, {**given, "stream": True, "max_tokens": 90})
