@@ -234,3 +234,21 @@ def test_a_name_in_two_registries_stops_no_other(
         other.remove("it")
         service.publish()
         assert not service.faults and service.find("it").id == before
+
+
+def test_files_that_changed_are_not_served_as_the_version_that_they_were(
+    tiny_model_directory: Path, save_adapter: Callable[..., Path]
+) -> None:
+    folder, other = save_adapter("own", 1), save_adapter("other", 2)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with served(tiny_model_directory, Sources([folder])) as service:
+        id = service.find("own").id
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+        service.unload("own")
+        with pytest.raises(AdapterFileError, match="no longer those of own@"):
+            service.load("own")
+        with pytest.raises(UnknownModelError):
+            service.find("own")
+        for path, contents in before.items():
+            path.write_bytes(contents)
+        assert service.load("own").id == id

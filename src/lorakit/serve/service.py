@@ -19,10 +19,19 @@ from typing import TypeVar
 
 from lorakit import __version__, core, hub
 from lorakit.core import AdapterBank
-from lorakit.errors import AdapterError, BusyError, DiskError, LorakitError, RunError, UnknownModelError, UsageError
+from lorakit.errors import (
+    AdapterError,
+    AdapterFileError,
+    BusyError,
+    DiskError,
+    LorakitError,
+    RunError,
+    UnknownModelError,
+    UsageError,
+)
 from lorakit.generate import Continuation, Engine, Failure, NewToken, context_tokens, rows_are_independent
 from lorakit.generate.rows import Event
-from lorakit.registry import Lease, Version
+from lorakit.registry import Lease, Version, content_hash
 from lorakit.serve.served import Served, check_servable
 from lorakit.serve.sources import Sources
 from lorakit.session import Session
@@ -274,7 +283,11 @@ class Service:
         try:
             files = core.read_adapter(version.folder)
             check_servable(self.session, files)
-            return files, hub.adapter_tokenizer(version.folder) or self.session.spec.tokenizer
+            tokenizer = hub.adapter_tokenizer(version.folder) or self.session.spec.tokenizer
+            if content_hash(version.folder) != version.hash:
+                text = f"{version.folder}: its files are no longer those of {version.id}; restore or publish them."
+                raise AdapterFileError(text, what=version.id, where=version.folder)
+            return files, tokenizer
         except LorakitError as error:
             if not isinstance(error, DiskError):
                 self._rejected[version.id] = error
