@@ -18,7 +18,7 @@ import pytest
 from lorakit import open_session
 from lorakit.generate import Sampling
 from lorakit.machine import rss_bytes
-from lorakit.serve import jobs
+from lorakit.serve import templates
 from lorakit.serve.app import MOST_BODY_BYTES, Access
 from lorakit.serve.keys import Key
 from lorakit.session import Session
@@ -304,17 +304,27 @@ def test_faults_of_the_transport_have_the_same_form(running: Running) -> None:
     assert "access-control-allow-origin" not in running.client.get("/health").headers
 
 
-BOMB = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+BOMBS = ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}"]
 
 
-def test_a_template_without_end_ends_its_request_only(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "TEMPLATE_SECONDS", 0.3)
-    running.service.find("one").tokenizer.chat_template = BOMB
+def test_a_template_that_takes_too_much_ends_its_request_only(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0)
+    tokenizer = running.service.find("one").tokenizer
+    right, before = tokenizer.chat_template, rss_bytes()
     given = {"model": "one", "messages": CHAT, "max_tokens": 2}
-    replies = [running.client.post("/v1/chat/completions", json=given) for _ in range(8)]  # more than there are threads
-    assert {reply.status_code for reply in replies} == {400}
-    assert "takes more than" in replies[0].json()["error"]["message"]
+    running.service._templates.close()  # its processes have another limit of time
+    for bomb in BOMBS:
+        tokenizer.chat_template = bomb
+        reply = running.client.post("/v1/chat/completions", json=given)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "messages"
+        assert "takes more than" in reply.json()["error"]["message"]
+        assert "another template" in reply.json()["error"]["message"]
     assert running.client.post("/v1/completions", json={"model": "tiny", "prompt": TEXT}).status_code == 200
+    assert rss_bytes() - before < 1 << 28
+    tokenizer.chat_template = right
+    assert running.client.post("/v1/chat/completions", json=given).status_code == 200
 
 
 def idle(running: Running) -> bool:

@@ -5,15 +5,11 @@ This takes time, for tokenizers, chat templates and JSON schemas, so it is done 
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import threading
-import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 from lorakit.errors import ConfigError, ModelError
 from lorakit.generate import Continuation
@@ -27,10 +23,6 @@ from lorakit.serve.service import Service
 
 MOST_TOKENS = 4096
 """Number of new tokens in a chat without `max_tokens`, if the model has no maximum context."""
-
-
-TEMPLATE_SECONDS = 5.0
-"""Processor time that a chat template may take."""
 
 
 @dataclass
@@ -85,8 +77,7 @@ class Jobs:
             text = f"{served.id} has no chat template; use /v1/completions."
             raise HttpFault(400, text, "no_chat_template", "model")
         messages = [message.as_dict() for message in given.messages]
-        with time_limit(TEMPLATE_SECONDS):
-            prompt = Prompt(tuple(served.encode_chat(messages, given.offered)))
+        prompt = Prompt(tuple(served.encode_chat(messages, given.offered)))
         fingerprint, seed = self._service.fingerprint, given.chosen_seed
         reply = ChatReply(served, fingerprint, seed, given.return_token_ids, given.has_usage_part)
         return self._job(reply, given, [prompt], owner)
@@ -136,27 +127,6 @@ class Jobs:
             if given.called is None:
                 raise
             raise HttpFault(400, f"parameters of {given.called}: {error}", "invalid_value", "tools") from error
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the Python code of a block, in this thread only, when it has used this processor time.
-
-    A chat template is compiled to Python code; a single operation, such as the repetition of a string, is not limited.
-    """
-    end = time.thread_time() + seconds
-
-    def check(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.thread_time() > end:
-            raise TimeoutError(f"it takes more than {seconds:g} s")
-        return check
-
-    before = sys.gettrace()
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def _check_prompts(prompts: Sequence[Prompt], count: int, context: int | None, field: str) -> None:

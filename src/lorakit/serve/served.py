@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.core import AdapterFiles, moving_variant
 from lorakit.data.tokens import beginning, token_ids
 from lorakit.errors import NotYetSupported
+from lorakit.serve.templates import LimitedTokenizer, TemplateProcesses
 from lorakit.session import Session
 from lorakit.session.prompts import conversation, encode_prompts, end_ids
 from lorakit.session.tokenizers import SavedTokenizer
@@ -28,6 +29,7 @@ class Served:
         facts: Contents of `lorakit.json`, and the adapter's rank (`r`).
         text_ends: Tokens that end a text.
         chat_ends: Tokens that end an answer in a chat.
+        templates: Processes that render the tokenizer's chat template.
     """
 
     id: str
@@ -38,21 +40,24 @@ class Served:
     facts: Mapping[str, Any]
     text_ends: frozenset[int]
     chat_ends: frozenset[int]
+    templates: TemplateProcesses
 
     @classmethod
     def of(
         cls,
         session: Session,
+        templates: TemplateProcesses,
         id: str,
         tokenizer: SavedTokenizer,
         adapter: str | None = None,
         files: AdapterFiles | None = None,
     ) -> Served:
         """Collect what requests need: of an adapter with a name in the session and its files, or of the base."""
-        text, chat = (frozenset(end_ids(session.model, tokenizer, form)) for form in ("text", "chat"))
+        limited = LimitedTokenizer(tokenizer, templates)
+        text, chat = (frozenset(end_ids(session.model, limited, form)) for form in ("text", "chat"))
         facts = {} if files is None else {"r": files.config.r, **files.sidecar.facts}
         name = id if adapter is None else id.partition("@")[0]
-        return cls(id, name, adapter, tokenizer, int(time.time()), facts, text, chat)
+        return cls(id, name, adapter, tokenizer, int(time.time()), facts, text, chat, templates)
 
     @property
     def has_chat_template(self) -> bool:
@@ -75,7 +80,7 @@ class Served:
             UsageError: The chat template rejects them.
         """
         chat = conversation({"messages": [*messages], "tools": [*tools]}, "messages")
-        return encode_prompts([chat], self.tokenizer, "chat", None)[0]
+        return encode_prompts([chat], LimitedTokenizer(self.tokenizer, self.templates), "chat", None)[0]
 
 
 def check_servable(session: Session, files: AdapterFiles) -> None:

@@ -34,6 +34,7 @@ from lorakit.generate.rows import Event
 from lorakit.registry import Lease, Version, content_hash
 from lorakit.serve.served import Served, check_servable
 from lorakit.serve.sources import Sources
+from lorakit.serve.templates import TemplateProcesses
 from lorakit.session import Session
 from lorakit.session.tokenizers import SavedTokenizer
 
@@ -101,7 +102,8 @@ class Service:
         self._engine = Engine(session.model, rows=rows, tokens=tokens, prefix_tokens=prefix_tokens, bank=bank)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the dicts below
-        self._base = Served.of(session, base_name, session.spec.tokenizer)
+        self._templates = TemplateProcesses()
+        self._base = Served.of(session, self._templates, base_name, session.spec.tokenizer)
         self._loaded: dict[str, Served] = {}
         self._current: dict[str, str] = {}
         self._hidden: set[str] = set()  # names that were unloaded
@@ -149,6 +151,7 @@ class Service:
             self._threads[1].join()
         for lease in filter(None, self._leases.values()):
             lease.release()
+        self._templates.close()
 
     @property
     def is_draining(self) -> bool:
@@ -268,7 +271,7 @@ class Service:
         try:
             files, tokenizer = self._read(version)
             name = f"version-{next(self._numbers)}"
-            served = Served.of(self.session, version.id, tokenizer, name, files)
+            served = Served.of(self.session, self._templates, version.id, tokenizer, name, files)
             self._do(lambda: self._add(served, files, lease)).result()
         except BaseException:
             if lease is not None:
