@@ -328,6 +328,19 @@ def test_a_damaged_adapter_ends_its_own_rows_only() -> None:
     assert engine.counts["tokens"] == 0
 
 
+def test_a_prompt_whose_log_probabilities_are_not_finite_ends_its_row() -> None:
+    model = long_llama()
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([LONG[:40]])).last_hidden_state[0, 3]
+        model.lm_head.weight[0] = hidden / hidden.norm() * 3e38  # infinite for tokens with a similar state
+        is_finite = model(torch.tensor([LONG[:40]])).logits[0].amax(-1).isfinite().tolist()
+    prompt = tuple(LONG[: 1 + max(at for at in range(40) if is_finite[at])])
+    engine = Engine(model)
+    found = run(engine, [Continuation(prompt, 1, prompt_logprobs=0), Continuation(prompt, 1)])
+    assert [type(event) for event in found[0] + found[1]] == [Failure, NewToken]
+    assert engine.counts["tokens"] == 0
+
+
 def test_log_probabilities_are_those_of_one_forward_pass() -> None:
     model = long_llama()
     prompt = tuple(LONG[: CHUNK + 20])

@@ -200,6 +200,9 @@ class Engine:
         if is_whole and self._passes.pool is not None:
             self._prefixes.keep(row, key)
         if top is not None:
+            if not logits.amax(-1).isfinite().all():  # the last token's logits can be finite nevertheless
+                self.cancel(row.number)
+                return [Failure(row.number, _not_finite(row))]
             following = zip(logits, prompt[begin + 1 : row.stored.length + 1], strict=False)  # the last one has none
             row.of_prompt += [logprobs(after, token, top) for after, token in following]
         if row.stored.length < len(prompt):
