@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lorakit import cli, core
 from lorakit.config import LoraConfig
 from lorakit.core.files import adapter_folder
+from lorakit.session import GENERAL_TEXT
 
 from ..conftest import CHAT_TEMPLATE
 
@@ -198,3 +200,36 @@ def test_an_adapter_to_compare_with_needs_an_adapter(
 ) -> None:
     assert cli.main(["eval", "--model", str(tiny_model_directory), "--data", str(text), "--compare", "base"]) == 2
     assert "--compare needs --adapter" in capsys.readouterr().err
+
+
+def test_text_outside_the_task(
+    tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers as those of an evaluation of this text alone; the text that is part of lorakit is enough for a
+    verdict."""
+    adapter, data = str(_adapter(tiny_llama, tmp_path / "adapter", 1)), _answers(tmp_path / "a.jsonl", [*range(4)])
+    other = _answers(tmp_path / "b.jsonl", [*range(24)])
+    words = ["eval", "--model", str(tiny_model_directory), "--dtype", "float32", "--device", "cpu"]
+
+    def results(*more: str) -> dict[str, Any]:
+        assert cli.main([*words, "--adapter", adapter, *more, "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    both = results("--data", str(data), "--forgetting", str(other))
+    assert both["forgetting"] == {"data": [str(other)], "results": results("--data", str(other))["results"]}
+    assert both["results"] == results("--data", str(data))["results"]
+    assert cli.main([*words, "--adapter", adapter, "--data", str(data), "--forgetting", "default"]) == 0
+    shown = capsys.readouterr().out
+    assert "Text outside the task (default):" in shown
+    assert "42 documents" in shown.splitlines()[-1] and "no verdict" not in shown.splitlines()[-1]
+    assert cli.main([*words, "--data", str(data), "--forgetting", "default"]) == 2
+    assert "--forgetting needs --adapter" in capsys.readouterr().err
+
+
+def test_the_text_that_is_part_of_lorakit_is_known() -> None:
+    """Its SHA-256 is in docs/command-line.md, and its license is next to it."""
+    content = GENERAL_TEXT.read_bytes()
+    page = Path(__file__).parents[2] / "docs" / "command-line.md"
+    assert hashlib.sha256(content).hexdigest() in page.read_text(encoding="utf-8")
+    assert len(content) <= 100_000 and len(content.splitlines()) == 42
+    assert "Python Software Foundation" in GENERAL_TEXT.with_suffix(".LICENSE.txt").read_text(encoding="utf-8")

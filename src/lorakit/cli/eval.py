@@ -17,7 +17,10 @@ from lorakit.terminal import working
 from lorakit.train.settings.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.session import AnswerMetrics, Evaluation, Measured
+    from lorakit.session import AnswerMetrics, EvalRows, Evaluation, Measured, SessionSpec
+
+DEFAULT = "default"
+"""Value of --forgetting for the text that is part of lorakit."""
 
 ALONE = "base"
 """Value of --compare for the model without adapters."""
@@ -77,6 +80,13 @@ class Flags:
         Path | None,
         Parameter(help="JSON Lines file to write with the results of each row, for the base and each adapter."),
     ] = None
+    forgetting: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Compare the adapters on text outside their task too: files, as for --data, or default for a text "
+            "that is part of lorakit (documentation of Python)."
+        ),
+    ] = None
     answers: Annotated[AnswerFlags, Parameter(name="*")] = AnswerFlags()
     reading: Annotated[RowFlags, Parameter(name="*")] = ROWS
     labels: Annotated[LabelFlags, Parameter(name="*")] = LABELS
@@ -111,10 +121,10 @@ def run(
     early.check_at_least("max_new_tokens", flags.answers.max_new_tokens, 1)
     early.check_new_file(flags.output_file)
     model = early.check_base(flags.model, flags.base.revision, flags.adapter)
-    if flags.compare is not None and not flags.adapter:
-        raise UsageError(
-            "--compare needs --adapter: the adapter that is compared.", what=flags.compare, field="compare"
-        )
+    for name, value in (("compare", flags.compare), ("forgetting", flags.forgetting)):
+        if value is not None and not flags.adapter:
+            raise UsageError(f"--{name} needs --adapter: the adapter that is compared.", what=value, field=name)
+    early.check_data(name for name in flags.forgetting or () if name != DEFAULT)
     folders = early.adapter_folders(flags.adapter or ())
     reference, folders = _reference(flags.compare, folders)
     allocator.set_up()  # before torch allocates any memory
@@ -136,16 +146,40 @@ def run(
                 console.note(seen)
         rows = EvalRows(records, flags.labels.options(), spec.max_length(flags.max_length), flags.batch_size)
         detail = console.note if verbose else console.quiet
-        (measured,) = compare(spec, [rows], reference, console.note, detail, metrics)
+        data = [rows, *([_outside(flags, spec)] if flags.forgetting else [])]
+        measured, *others = compare(spec, data, reference, console.note, detail, metrics)
     if flags.output_file is not None:
         with console.row_writer(flags.output_file) as write:
             for row in (row for each in measured for row in each.rows(records)):
                 write(row)
     if json:
-        results = [{"name": one.name, **_values(one)} for one in measured]
-        console.emit_json({"model": spec.source.given, "data": flags.data, "results": results})
+        document = {"model": spec.source.given, "data": flags.data, "results": _results(measured)}
+        outside = [{"data": flags.forgetting, "results": _results(other)} for other in others]
+        console.emit_json({**document, **({"forgetting": outside[0]} if outside else {})})
         return
-    console.say("\n\n".join(filter(None, [_table(measured), _verdicts(measured)])))
+    parts = [_table(measured), _verdicts(measured)]
+    for other in others:
+        parts += [f"Text outside the task ({', '.join(flags.forgetting or ())}):\n{_table(other)}", _verdicts(other)]
+    console.say("\n\n".join(filter(None, parts)))
+
+
+def _outside(flags: Flags, spec: SessionSpec) -> EvalRows:
+    """Read the text of --forgetting.
+
+    Raises:
+        UsageError: The task of the adapters does not continue text.
+        DataError: A file cannot be read.
+    """
+    from lorakit.data import Request, read_records
+    from lorakit.session import GENERAL_TEXT, EvalRows
+
+    task = spec.task.task
+    if not task.generates:
+        text = f"--forgetting measures the loss of text, but the task {task.name} does not continue text; omit it."
+        raise UsageError(text, what=task.name, field="forgetting")
+    files = [str(GENERAL_TEXT) if name == DEFAULT else name for name in flags.forgetting or ()]
+    records = read_records(files, Request(allowed=task.formats))
+    return EvalRows(records, max_length=spec.max_length(flags.max_length), batch_rows=flags.batch_size)
 
 
 def _reference(name: str | None, folders: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -156,6 +190,10 @@ def _reference(name: str | None, folders: dict[str, str]) -> tuple[str, dict[str
     known = {folder: given for given, folder in folders.items()}
     other, folder = next(iter(others.items()))
     return (known[folder], folders) if folder in known else (other, {**others, **folders})
+
+
+def _results(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    return [{"name": one.name, **_values(one)} for one in measured]
 
 
 def _values(measured: Measured) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,9 @@ from lorakit.tasks import Meter, Task, agree_on_padding
 from lorakit.tasks.metrics import BASELINES, LOSSES
 
 BASE, ADAPTER = "base", "adapter"
+
+GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
+"""Text outside most tasks: beginnings of topics of the documentation of Python 3.11, under its license PSF-2.0."""
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
