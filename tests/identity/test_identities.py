@@ -94,7 +94,7 @@ def test_registered_implementations_count(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_code_and_defaults_changed_in_place_count(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest_of(LlamaAttention)
-    monkeypatch.setattr(modeling_llama.apply_rotary_pos_emb, "__defaults__", (2,))
+    monkeypatch.setattr(modeling_llama.repeat_kv, "__defaults__", (2,))
     assert digest_of(LlamaAttention) not in (before, "")
     monkeypatch.undo()
     code = modeling_llama.rotate_half.__code__

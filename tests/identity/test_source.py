@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import linecache
 import types
 from typing import Any
 
 import pytest
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, repeat_kv
 
 from lorakit.identity import source
 from lorakit.identity.source import source_of
@@ -77,7 +78,7 @@ def test_names_do_not_count_but_variables_do() -> None:
     assert hash_of(PLAIN) != hash_of(PLAIN.replace("y", "z"))
 
 
-@pytest.mark.parametrize("function", [LlamaAttention.forward, LlamaRMSNorm.forward, apply_rotary_pos_emb])
+@pytest.mark.parametrize("function", [LlamaAttention.forward, LlamaRMSNorm.forward, repeat_kv])
 def test_functions_of_transformers_are_read(function: Any) -> None:
     while function is not None:
         assert source_of(function) is not None
@@ -131,7 +132,7 @@ def test_wrappers_and_closures_are_read() -> None:
 
 
 def test_what_is_read() -> None:
-    source = source_of(LlamaAttention.forward.__wrapped__)  # type: ignore[attr-defined]
+    source = source_of(inspect.unwrap(LlamaAttention.forward))
     assert source is not None
     assert ("self", "head_dim") in source.attributes and "apply_rotary_pos_emb" in source.variables
     assert {"scaling", "_attn_implementation"} <= source.words

@@ -316,8 +316,8 @@ def test_an_empty_batch_of_a_model_that_takes_one(logits: bool) -> None:
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False}
-    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, new_decoder_architecture=False)).train()
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+    model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes)).train()
     core.attach(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), seed=1)
     ids = torch.zeros(0, 9, dtype=torch.long)
     theirs = model(input_ids=ids, labels=ids)

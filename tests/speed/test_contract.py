@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -393,6 +395,30 @@ def test_a_forward_replaced_on_an_instance_before(part: str) -> None:
     assert are_close(results(model), theirs)
 
 
+@pytest.mark.parametrize("later", [True, False])
+def test_a_function_that_kernelize_replaced_in_one_module(later: bool) -> None:
+    """It sets `forward` of the wrapper that the module has for itself."""
+
+    def change(model: Any) -> None:
+        wrapper = named(model, "self_attn")[-1]._kernel_funcs["rotary_pos_emb"]
+        wrapper.forward = types.MethodType(lambda _, q, k, cos, sin: (q * 1.5, k), wrapper)
+
+    model = adapted("qwen3")
+    if not hasattr(named(model, "self_attn")[0], "_kernel_funcs"):
+        pytest.skip("transformers before 5.25, or without the package kernels")
+    if later:
+        check(model, change)
+        return
+    plain, usual = copy.deepcopy(model), results(copy.deepcopy(model))
+    change(model)
+    change(plain)
+    theirs = results(plain)
+    assert not are_close(theirs, usual)
+    report = accelerate(model)
+    assert any("kernelize" in one.why for one in report.skipped)
+    assert are_close(results(model), theirs)
+
+
 class OtherNorm(modeling_qwen3.Qwen3RMSNorm):  # type: ignore[misc]
     """A norm with the children and the name of a known one."""
 
@@ -621,7 +647,10 @@ def test_what_a_forward_calls_replaced_later(what: str, monkeypatch: pytest.Monk
 def test_functions_changed_in_place_later(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(_: Any) -> None:
         if what == "defaults":
-            monkeypatch.setattr(modeling_qwen3.apply_rotary_pos_emb, "__defaults__", (2,))
+            rotary: Any = modeling_qwen3.apply_rotary_pos_emb
+            if isinstance(rotary, nn.Module):  # transformers 5.25: a wrapper by the package kernels
+                rotary = inspect.getclosurevars(type(rotary).forward).nonlocals["func"]
+            monkeypatch.setattr(rotary, "__defaults__", (2,))
         else:
             monkeypatch.setattr(modeling_qwen3.rotate_half, "__code__", (lambda x: -x).__code__)
 

@@ -10,7 +10,7 @@ from types import CellType, FunctionType
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.identity.identities import MISSING, Fact, Identities, contents_of, is_stored_function
+from lorakit.identity.identities import MISSING, Fact, Identities, contents_of, is_stored_function, kernel_functions
 
 SETTINGS = (bool, int, float, str, type(None))
 """Types of the attributes whose values are compared."""
@@ -105,6 +105,8 @@ def facts_of(module: nn.Module, identities: Identities) -> Iterator[Fact]:
         is_setting = name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS)
         if is_setting or is_stored_function(identity, name, value):
             yield attributes, name, value
+    for function in kernel_functions(module).values():
+        yield vars(function), "forward", MISSING
     config = attributes.get("config")
     if config is not None:
         yield attributes, "config", config

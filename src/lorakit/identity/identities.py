@@ -69,6 +69,12 @@ KNOWN = (
 )
 """Packages whose functions are taken as given."""
 
+KERNELS = "kernels"
+"""Package whose wrappers run the functions of transformers that they contain, until `kernelize` replaces these."""
+
+KERNEL_FUNCTIONS = "_kernel_funcs"
+"""Attribute of a module with such a wrapper: a dict from the name of each function to a wrapper for this module."""
+
 
 class Unknown(Exception):
     """The source that a class runs cannot be determined, for the short reason `why`."""
@@ -118,6 +124,8 @@ class Identities:
     def of(self, module: nn.Module) -> Identity:
         """Return what a module, or a replacement's original, computes: its class, and functions in its attributes."""
         kind = original_class(module)
+        if any("forward" in vars(function) for function in kernel_functions(module).values()):
+            return Identity(why="kernelize replaced functions that it calls")
         base = self.of_class(kind)
         stored = [(name, value) for name, value in vars(module).items() if is_stored_function(base, name, value)]
         return self._of(kind, tuple(sorted(stored))) if stored else base
@@ -172,6 +180,12 @@ class Identities:
         except Unknown as failed:
             identity.why = failed.why
         return identity
+
+
+def kernel_functions(module: nn.Module) -> dict[str, nn.Module]:
+    """Return what runs instead of functions that a `forward` calls, by name; `kernelize` sets their `forward`."""
+    found: dict[str, nn.Module] = vars(module).get(KERNEL_FUNCTIONS, {})
+    return found
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -247,6 +261,8 @@ class _Resolver:
         package = package_of(function)
         if package in KNOWN:
             return f"{package}.{function.__qualname__}"
+        if package == KERNELS:
+            return self.wrapped(function, "orig_forward")
         if package not in FOLLOWED:
             raise Unknown(f"{function.__qualname__} was defined in {package or 'an unknown package'}")
         known = self.digests.get(id(function))
@@ -271,6 +287,15 @@ class _Resolver:
         parts += [f"self.{name}={self.method(name)}" for name in sorted(own_methods) if self._is_method(name)]
         self.digests[id(function)] = digest = _digest(*parts)
         return digest
+
+    def wrapped(self, wrapper: FunctionType, name: str) -> str:
+        """Return the digest of the function that a wrapper from `kernels` runs, its variable `name`."""
+        code = wrapper.__code__
+        closure = dict(zip(code.co_freevars, wrapper.__closure__ or (), strict=True))
+        if name not in closure:
+            raise Unknown(f"{wrapper.__qualname__} was defined in {KERNELS}")
+        self.found.live.append(wrapper)
+        return self.value(name, contents_of(closure[name]))
 
     def _is_method(self, name: str) -> bool:
         """Return whether a name is a method or property that a class outside torch defines."""
@@ -301,6 +326,9 @@ class _Resolver:
         package = package_of(kind)
         if isinstance(value, logging.Logger):
             return "logger"
+        if isinstance(value, nn.Module) and package_of(kind.forward) == KERNELS:
+            self.found.facts += [self.cache.fact(kind, "forward"), (vars(value), "forward", MISSING)]
+            return self.wrapped(kind.forward, "func")
         if package == "transformers" and isinstance(value, Mapping):
             return self.registry(value, attributes)
         if package in ("packaging", "inspect"):
