@@ -137,10 +137,9 @@ class Passes:
         """
         new, keep = tokens.shape[1], 1 if rows[0].given.prompt_logprobs is None else 0
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": True}
-        if self.pool is None:
+        if self.pool is None:  # no mask: some recurrent models multiply their inputs by one of all tokens
             length = rows[0].stored.length
             cache, positions = rows[0].cache, torch.arange(length, length + new, device=self.device)[None]
-            inputs["attention_mask"] = torch.ones(1, length + new, dtype=torch.int64, device=self.device)
         else:
             stored = [row.stored for row in rows]
             for one in stored:
