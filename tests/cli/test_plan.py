@@ -21,7 +21,7 @@ from lorakit.machine import this_machine
 from ..laws.zoo import MIXTRAL
 
 REFERENCE = ["plan", "gpt2", "--r", "8", "--lora-alpha", "16", "--target-modules", "c_attn", "c_proj"]
-REFERENCE += ["--dtype", "bf16"]  # which some processors are measured for
+AT_ONCE = [*REFERENCE, "--dtype", "bf16"]  # some processors are measured to choose the dtype
 
 
 def _json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -31,13 +31,13 @@ def _json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any
 
 
 def test_the_reference_project(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*REFERENCE, "--ranks", "4,8,16,32"]) == 0
+    assert main([*AT_ONCE, "--ranks", "4,8,16,32"]) == 0
     out = capsys.readouterr().out
     assert "trainable    811,008 of 124,439,808 (0.65%)\npeak memory " in out
     assert "12,288   24,576     49,152     98,304" in out
     assert "time         no estimate; pass --calibrate" in out
     assert "= 811,008" not in out
-    assert main([*REFERENCE, "--verbose"]) == 0
+    assert main([*AT_ONCE, "--verbose"]) == 0
     out = capsys.readouterr().out
     assert "in the attention and MLP blocks" in " ".join(out.split())
     assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in out
@@ -228,7 +228,7 @@ def test_a_model_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_a_published_model_is_planned_at_once_and_without_torch() -> None:
-    code = f"import sys; from lorakit.cli import main; main({REFERENCE!r}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from lorakit.cli import main; main({AT_ONCE!r}); sys.exit('torch' in sys.modules)"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
